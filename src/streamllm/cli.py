@@ -1,0 +1,236 @@
+"""The commands: ``run``, ``doctor``, ``config``.
+
+They turn flags into calls and results into lines; every rule stands elsewhere. Heavy modules are imported inside the
+commands, so that ``--help`` and ``--version`` answer at once. Errors leave as exceptions: ``__main__`` has the one
+table that turns them into sentences and exit codes.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import streamllm
+from streamllm.config import CacheConfig, SamplingConfig
+from streamllm.console import Answer, Screen
+from streamllm.errors import ConfigError, InputError
+from streamllm.run import Job
+from streamllm.settings import SETTINGS, read_settings, settings_file
+
+_SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
+
+app = typer.Typer(
+    name="streamllm",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _setting(name: str) -> Any:
+    setting = SETTINGS[name]
+    flags = [setting.flag] if setting.short is None else [setting.short, setting.flag]
+    metavar = "TEXT" if setting.kind is list else None
+    return typer.Option(*flags, envvar=setting.env, help=setting.help, metavar=metavar)
+
+
+def _one_off(*flags: str, help: str) -> Any:
+    return typer.Option(*flags, envvar=f"STREAMLLM_{flags[-1][2:].upper()}", help=help)
+
+
+Model = Annotated[str | None, _setting("model")]
+Device = Annotated[str, _setting("device")]
+Dtype = Annotated[str, _setting("dtype")]
+Sinks = Annotated[int, _setting("sinks")]
+Window = Annotated[int | None, _setting("window")]
+Block = Annotated[int, _setting("block")]
+Temperature = Annotated[float, _setting("temperature")]
+TopK = Annotated[int, _setting("top_k")]
+TopP = Annotated[float, _setting("top_p")]
+MinP = Annotated[float, _setting("min_p")]
+RepetitionPenalty = Annotated[float, _setting("repetition_penalty")]
+Seed = Annotated[int | None, _setting("seed")]
+MaxTokens = Annotated[int | None, _setting("max_tokens")]
+Stop = Annotated[list[str] | None, _setting("stop")]
+Endless = Annotated[bool, _setting("endless")]
+ShowStats = Annotated[bool, _setting("stats")]
+Json = Annotated[bool, _setting("json")]
+Quiet = Annotated[bool, _setting("quiet")]
+Verbose = Annotated[bool, _setting("verbose")]
+Debug = Annotated[bool, _one_off("--debug", help="Show the traceback of an error.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"streamllm {streamllm.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Run any open language model without end, in constant memory.
+
+    The model keeps the first few tokens and the most recent ones; what has left the window is forgotten.
+    """
+    try:
+        values = read_settings()
+    except ConfigError as error:
+        ctx.obj = error  # raised by the command itself, so that --help works beside a broken file
+    else:
+        ctx.default_map = dict.fromkeys(("run", "doctor"), values)
+
+
+@app.command()
+def run(
+    ctx: typer.Context,
+    text: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What to go on from; piped text comes first.")
+    ] = None,
+    model: Model = None,
+    prompt: Annotated[str | None, _one_off("-p", "--prompt", help="The same, as a flag.")] = None,
+    device: Device = SETTINGS["device"].default,
+    dtype: Dtype = SETTINGS["dtype"].default,
+    sinks: Sinks = CacheConfig.sinks,
+    window: Window = CacheConfig.window,
+    block: Block = CacheConfig.block,
+    temperature: Temperature = SamplingConfig.temperature,
+    top_k: TopK = SamplingConfig.top_k,
+    top_p: TopP = SamplingConfig.top_p,
+    min_p: MinP = SamplingConfig.min_p,
+    repetition_penalty: RepetitionPenalty = SamplingConfig.repetition_penalty,
+    seed: Seed = SamplingConfig.seed,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    endless: Endless = False,
+    save: Annotated[
+        Path | None,
+        _one_off("--save", help="Save the stream to this file at the end."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        _one_off("--resume", help="Go on from a saved stream."),
+    ] = None,
+    stats: ShowStats = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Write on from a prompt, for as long as you like."""
+    _begin(ctx)
+    job = Job(
+        prompt=_only_one(text, prompt, is_flag=_source(ctx, "prompt") == "flag"),
+        model=model,
+        device=device,
+        dtype=dtype,
+        cache=CacheConfig(sinks, window, block),
+        sampling=SamplingConfig(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        ),
+        explicit=frozenset(name for name in ctx.params if _source(ctx, name) == "flag"),
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        endless=endless,
+        save=save,
+        resume=resume,
+        stats=stats,
+        json=json,
+        quiet=quiet,
+        verbose=verbose,
+    )
+    raise typer.Exit(job.run())
+
+
+@app.command()
+def doctor(
+    ctx: typer.Context,
+    model: Model = None,
+    device: Device = SETTINGS["device"].default,
+    dtype: Dtype = SETTINGS["dtype"].default,
+    sinks: Sinks = CacheConfig.sinks,
+    window: Window = CacheConfig.window,
+    block: Block = CacheConfig.block,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether and how a model can stream here."""
+    _begin(ctx)
+    config = CacheConfig(sinks, window, block)
+    with Screen(quiet=quiet) as screen:
+        answer = Answer()
+        screen.spin("examining")
+        from streamllm.doctor import examine
+
+        report = examine(model, config=config, device=device, dtype=dtype)
+        screen.settle()
+        if json:
+            answer.write(jsonlib.dumps(report.to_dict(), indent=2) + "\n")
+        else:
+            answer.table(report.rows())
+    raise typer.Exit(0 if report.is_fit else 1)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def config(
+    ctx: typer.Context,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print the settings in force and their sources.
+
+    Takes the flags of run, to try them out.
+    """
+    _begin(ctx)
+    assert ctx.parent is not None
+    command: Any = ctx.parent.command
+    with command.commands["run"].make_context("run", list(ctx.args), parent=ctx.parent) as run_ctx:
+        found = {name: (run_ctx.params[name], _source(run_ctx, name)) for name in SETTINGS}
+    file = settings_file()
+    answer = Answer()
+    if json:
+        values = {name: {"value": value, "source": source} for name, (value, source) in found.items()}
+        answer.write(jsonlib.dumps({"file": file and str(file), "settings": values}, indent=2) + "\n")
+        return
+    rows = [(name, "" if value is None else str(value), source) for name, (value, source) in found.items()]
+    answer.table([*rows, ("settings file", str(file or "none"), "")])
+
+
+def _begin(ctx: typer.Context) -> None:
+    """Raise what is wrong with the settings file."""
+    if isinstance(ctx.obj, ConfigError):
+        raise ctx.obj
+
+
+def _source(ctx: typer.Context, name: str) -> str:
+    """Return where a setting comes from: flag, environment, file or default."""
+    source = ctx.get_parameter_source(name)
+    return _SOURCES[source.name] if source is not None else "default"
+
+
+def _only_one(text: str | None, prompt: str | None, *, is_flag: bool) -> str:
+    """Return the prompt: the argument, or else the flag or its environment variable."""
+    if text is not None and is_flag:
+        raise ConfigError("The prompt is given twice, as an argument and with --prompt; give it once.")
+    given = text if text is not None else prompt or ""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("The prompt is not UTF-8 text; convert it, for example with iconv.") from error
+    return given

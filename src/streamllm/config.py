@@ -1,0 +1,119 @@
+"""Frozen settings, checked on construction. Every default of streamllm stands here and only here.
+
+Nothing here knows about a model: what a model cannot bear is checked where the model is known (``cache``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from streamllm.errors import ConfigError
+
+OnEnd = Literal["stop", "pass", "ban"]
+"""What an end token does: end the stream, be kept while the stream goes on, or never be sampled."""
+
+ON_END: tuple[OnEnd, ...] = ("stop", "pass", "ban")
+
+DEFAULT_WINDOW = 1020
+"""Window in tokens where the trained length allows it (paper, section 4: 4 + 1020)."""
+
+UNKNOWN_TRAINED_LENGTH = 2048
+"""Bound on positions, in tokens, for a model whose config names no trained length."""
+
+PREFILL_CHUNK = 256
+"""Tokens read in one forward while a prompt crosses evictions; 64, one block, would leave half the machine idle."""
+
+
+class _Shown:
+    """A repr that shows only what differs from the defaults."""
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def replace(self, **changes: Any) -> Any:
+        """Return a copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, repr=False)
+class CacheConfig(_Shown):
+    """What the cache holds (paper, section 3.2).
+
+    Args:
+        sinks: tokens at the head of the stream that are never evicted, >= 0.
+        window: every token attends to at least its ``window`` most recent tokens (itself included) besides the
+            pinned head. ``None``: the smaller of 1020 and half the trained length less the sinks.
+        block: tokens that leave together when the cache is full, >= 1. 1 is the paper's schedule.
+        reread: rebuild the cache by re-reading the kept tokens at each eviction instead of moving keys. Needed by
+            models whose positions are part of their hidden states; with ``block=1`` on any model it is the paper's
+            "sliding window with re-computation". ``None``: only where the model needs it.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    sinks: int = 4
+    window: int | None = None
+    block: int = 64
+    reread: bool | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("sinks", self.sinks, 0)
+        if self.window is not None:
+            _at_least("window", self.window, 1)
+        _at_least("block", self.block, 1)
+
+
+@dataclass(frozen=True, repr=False)
+class SamplingConfig(_Shown):
+    """How the next token is drawn from the logits.
+
+    Args:
+        temperature: 0 takes the most likely token; otherwise the logits are divided by it.
+        top_k: keep the ``top_k`` most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probabilities add up to ``top_p``, in (0, 1].
+        min_p: drop tokens less likely than ``min_p`` times the most likely one, in [0, 1).
+        repetition_penalty: divides (or multiplies, if negative) the logits of recent tokens; 1 is off.
+        repetition_window: how many of the newest tokens the penalty looks at, >= 1. It bounds the memory of the
+            sampler: nothing here grows with the stream.
+        seed: same seed, same text. ``None`` draws a new seed for each stream.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_window: int = 256
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("temperature", self.temperature, 0)
+        _at_least("top_k", self.top_k, 0)
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, you gave {self.top_p}; 1 keeps every token.")
+        if not 0 <= self.min_p < 1:
+            raise ConfigError(f"min_p must be at least 0 and below 1, you gave {self.min_p}; 0 keeps every token.")
+        if not self.repetition_penalty > 0:
+            raise ConfigError(
+                f"repetition_penalty must be above 0, you gave {self.repetition_penalty}; 1 turns it off."
+            )
+        _at_least("repetition_window", self.repetition_window, 1)
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be between 0 and 2**63 - 1, you gave {self.seed}.")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    """Check one number; ``nan`` fails too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise ConfigError(f"{name} must be a number of at least {least}, you gave {value!r}.")

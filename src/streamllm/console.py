@@ -1,0 +1,226 @@
+"""The process and its terminal: signals as a flag, stdin in pieces, stdout as the text comes, notes on stderr.
+
+stdout carries the answer and nothing else. What is for a person (spinner, banner) goes to stderr, and only if that is
+a terminal. Nothing here knows about models.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from streamllm.errors import InputError, StreamLLMError
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+PIECE_BYTES = 65536
+PIECE_CHARS = 1024
+"""The prompt is handed on in pieces of so many characters; between two of them Ctrl-C is seen."""
+
+PATIENCE = 1.0
+"""Seconds of reading a prompt before a person is told about it."""
+
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+def quit_now(number: int, _frame: FrameType | None = None) -> None:
+    """Signal handler: leave at once, without a traceback and without waiting for threads of half-loaded libraries."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h\n")  # a spinner hides the cursor
+    os._exit(128 + number)
+
+
+class Signals:
+    """Ctrl-C and its kin. They end the process at once, until ``defer``: then the first one is only noted.
+
+    Attributes:
+        received: the number of the signal that was noted, or ``None``.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        return self
+
+    def defer(self) -> None:
+        """From now on note the first signal in ``received``; a second one raises ``SystemExit``."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in _STOPPING:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, background jobs
+                self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise SystemExit(128 + number)
+        self.received = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def read_stdin(signals: Signals) -> Iterator[str]:
+    """Yield the text of standard input as it comes, unless it is a terminal; ends early when a signal was received.
+
+    Raises:
+        InputError: the bytes are not UTF-8.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        return
+    from streamllm.reading import decode_utf8
+
+    yield from decode_utf8(_read_bytes(signals))
+
+
+def _read_bytes(signals: Signals) -> Iterator[bytes]:
+    try:
+        number: int | None = sys.stdin.fileno()
+    except OSError:  # not a real file
+        number = None
+    while signals.received is None:
+        if number is None:
+            data: bytes = sys.stdin.buffer.read(PIECE_BYTES)
+        elif os.name != "nt" and not select.select([number], [], [], 0.1)[0]:
+            continue  # a signal would not end a read that waits
+        else:
+            data = os.read(number, PIECE_BYTES)
+        if not data:
+            return
+        yield data
+
+
+def join(piped: Iterable[str], given: str) -> Iterator[str]:
+    """Yield the pieces of a prompt: what was piped in, then what was given, on a line of its own."""
+    last = ""
+    for piece in piped:
+        if piece:
+            yield piece
+            last = piece[-1]
+    if given:
+        yield "\n" + given if last not in ("", "\n") else given
+
+
+class Screen:
+    """Notes for a person, on stderr.
+
+    Args:
+        quiet: print nothing.
+        verbose: print also when stderr is no terminal.
+    """
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+        self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.talks = not quiet and (verbose or self.is_terminal)
+        self._spins = not quiet and self.is_terminal
+        self._status: Status | None = None
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.settle()
+
+    def spin(self, text: str) -> None:
+        """Show a spinner with ``text``, or change its text; only on a terminal."""
+        if not self._spins:
+            return
+        if self._status is None:
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status(text)
+            self._status.start()
+        else:
+            self._status.update(text)
+
+    def settle(self) -> None:
+        """Take the spinner away."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def note(self, text: str) -> None:
+        """Print a line for whoever watches."""
+        if self.talks:
+            self.line(text)
+
+    def line(self, text: str) -> None:
+        """Print a dim line in any case."""
+        self.settle()
+        if sys.stderr is None:
+            return
+        dim = self.is_terminal and not os.environ.get("NO_COLOR")
+        with suppress(OSError):
+            sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else text + "\n")
+            sys.stderr.flush()
+
+    def watch(self, pieces: Iterable[str], signals: Signals, note: Any) -> Iterator[str]:
+        """Hand on the pieces of a prompt, cut small, until a signal comes; show ``note()`` if it takes long."""
+        began = time.monotonic()
+        for piece in pieces:
+            for start in range(0, len(piece), PIECE_CHARS):
+                if signals.received is not None:
+                    return
+                if time.monotonic() - began > PATIENCE:
+                    self.spin(note())
+                yield piece[start : start + PIECE_CHARS]
+
+
+class Answer:
+    """Standard output, written as the text comes.
+
+    Attributes:
+        is_closed: whether the reader has gone away.
+        error: what else went wrong with writing, to be raised when everything is saved.
+    """
+
+    def __init__(self) -> None:
+        if sys.stdout is None:
+            raise InputError("There is no standard output to write to; run it with stdout open, or send it to a file.")
+        self.is_closed = False
+        self.error: StreamLLMError | None = None
+        self.is_terminal = sys.stdout.isatty()
+        with suppress(AttributeError):
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+    def write(self, text: str) -> bool:
+        """Write ``text`` now. Returns whether it makes sense to go on."""
+        if self.is_closed or self.error:
+            return False
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self.is_closed = True
+        except OSError as error:
+            self.error = StreamLLMError(f"Standard output cannot be written: {error.strerror}.")
+        else:
+            return True
+        # What is left in the buffer must not be tried again when Python ends.
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        return False
+
+    def table(self, rows: Sequence[tuple[str, ...]]) -> None:
+        """Write aligned columns; the last one may be long."""
+        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+            name = f"\x1b[1m{cells[0]}\x1b[0m" if self.is_terminal and not os.environ.get("NO_COLOR") else cells[0]
+            self.write("  ".join([name, *cells[1:], row[-1]]).rstrip() + "\n")

@@ -1,0 +1,251 @@
+"""The stream loop: read the prompt as it arrives, then draw, show and read, over and over, in constant memory.
+
+Knows nothing about layers or positions (``cache``), nor about how a token is drawn (``sampling``) or spelt
+(``detokenize``). A stream that is broken off leaves a cache that holds everything read so far; the last id given out,
+which was not read yet, stays in ``cache.unread`` and is read first by whatever goes on with that cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from streamllm.cache import SinkCache
+from streamllm.config import ON_END, PREFILL_CHUNK, CacheConfig, OnEnd, SamplingConfig
+from streamllm.detokenize import Decoder, StopStrings
+from streamllm.errors import ConfigError, InputError
+from streamllm.reading import read_ids
+from streamllm.sampling import Sampler
+from streamllm.stats import Meter, Stats
+
+Finish = Literal["end", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one token brought.
+
+    Args:
+        text: text that became certain with this token; may be empty.
+        id: the token; ``None`` if nothing was generated (``max_tokens=0``).
+        stats: counters and speeds so far.
+        finish: set on the last chunk: "end" (an end token), "stop" (a stop string) or "length" (``max_tokens``).
+        document_end: the token is an end token that was passed; a new document begins after it.
+    """
+
+    text: str
+    id: int | None
+    stats: Stats
+    finish: Finish | None = None
+    document_end: bool = False
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[int] | Iterable[str] | None = None,
+    *,
+    sinks: int | None = None,
+    window: int | None = None,
+    block: int | None = None,
+    max_tokens: int | None = None,
+    sampling: SamplingConfig | Sampler | None = None,
+    stop: Sequence[str] = (),
+    cache: SinkCache | None = None,
+    on_end: OnEnd = "stop",
+    decoder: Decoder | None = None,
+) -> Iterator[Chunk]:
+    """Generate without end, in constant memory.
+
+    Args:
+        model: any causal language model of transformers whose positions can be moved.
+        tokenizer: its tokenizer.
+        prompt: text, ids, or an iterable of pieces of text of any total length, read as it arrives. ``None``: go on
+            with ``cache``.
+        sinks, window, block: see ``CacheConfig``; only without ``cache``.
+        max_tokens: tokens to generate at most; ``None``: no limit.
+        sampling: how to draw; a ``Sampler`` goes on with its state.
+        stop: strings that end the stream; they are not shown.
+        cache: a stream to go on with (one row); ``None`` begins a new one.
+        on_end: what an end token does: "stop" ends the stream, "pass" keeps it and goes on with a new document,
+            "ban" never draws it.
+        decoder: spells the ids, with what it knows of earlier ones; ``None``: a new one.
+
+    Yields:
+        One ``Chunk`` a token. Closing the iterator leaves ``cache`` usable.
+
+    Raises:
+        ConfigError, InputError, UnsupportedModelError: before the first token, when an option, the prompt or the
+            model cannot be used.
+    """
+    if max_tokens is not None and max_tokens < 0:
+        raise ConfigError(f"max_tokens must be at least 0, you gave {max_tokens}; leave it out for no limit.")
+    if on_end not in ON_END:
+        raise ConfigError(f"on_end must be one of {', '.join(ON_END)}, you gave {on_end!r}.")
+    if cache is None:
+        default = CacheConfig()
+        cache = SinkCache(
+            model,
+            sinks=default.sinks if sinks is None else sinks,
+            window=window,
+            block=default.block if block is None else block,
+        )
+    elif (sinks, window, block) != (None, None, None):
+        raise ConfigError("sinks, window and block cannot be changed on a cache that exists; make a new SinkCache.")
+    if len(cache.rows) != 1:
+        raise ConfigError(f"stream() drives one row, this cache has {len(cache.rows)}.")
+    ends = end_ids(model, tokenizer)
+    if not isinstance(sampling, Sampler):
+        banned = sorted(ends) if on_end == "ban" else ()
+        sampling = Sampler(sampling or SamplingConfig(), device=model.device, banned=banned)
+    loop = _Loop(model, tokenizer, cache, sampling, decoder or Decoder(tokenizer), StopStrings(stop))
+    return loop.run(prompt, max_tokens=max_tokens, ends=ends, on_end=on_end)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[int] | Iterable[str] | None = None,
+    **options: Any,
+) -> str:
+    """The text of ``stream()``, joined; same arguments and errors."""
+    return "".join(chunk.text for chunk in stream(model, tokenizer, prompt, **options))
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a document: the end tokens of model and tokenizer, and the token that begins the next one."""
+    found: set[int] = set()
+    for value in (
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(model.config.get_text_config(decoder=True), "eos_token_id", None),
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+    ):
+        found.update(value if isinstance(value, (list, tuple)) else [value] if isinstance(value, int) else [])
+    return frozenset(found)
+
+
+class _Loop:
+    """One stream on its way."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: SinkCache,
+        sampler: Sampler,
+        decoder: Decoder,
+        stops: StopStrings,
+    ) -> None:
+        self.model, self.tokenizer, self.cache = model, tokenizer, cache
+        self.sampler, self.decoder, self.stops = sampler, decoder, stops
+        self.meter = Meter()
+        self.size = self.cached_before = 0  # bytes of the cache are asked again only after an eviction
+        only_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if only_last else {}
+
+    def run(
+        self,
+        prompt: str | Sequence[int] | Iterable[str] | None,
+        *,
+        max_tokens: int | None,
+        ends: frozenset[int],
+        on_end: OnEnd,
+    ) -> Iterator[Chunk]:
+        # 1. read what was left unread, and the prompt
+        logits = self.prefill(self.prompt_ids(prompt))
+        if max_tokens == 0:
+            yield Chunk("", None, self.stats(), "length")
+            return
+        drawn = 0
+        while True:
+            # 2. draw; from here on the id belongs to the stream, even if nobody comes back for more
+            token = self.sampler(logits)
+            self.cache.unread = [token]
+            drawn += 1
+            self.meter.decoded()
+            # 3. show
+            is_end = token in ends
+            text, stopped = self.stops.push(self.decoder.push(token))
+            finish: Finish | None = None
+            if stopped:
+                finish = "stop"
+            elif is_end and on_end == "stop":
+                finish = "end"
+            elif drawn == max_tokens:
+                finish = "length"
+            document_end = is_end and on_end == "pass"
+            if not stopped and (finish or document_end):
+                text += self.held_back()
+            yield Chunk(text, token, self.stats(), finish, document_end)
+            if finish:
+                return
+            # 4. read it, and over again
+            logits = self.forward([token])
+
+    def prompt_ids(self, prompt: str | Sequence[int] | Iterable[str] | None) -> Iterator[list[int]]:
+        """Ids of the prompt as they become known, those left unread first."""
+        yield self.cache.unread
+        if prompt is None:
+            return
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(x, int) for x in prompt):
+            yield [int(x) for x in prompt]
+            return
+        begins = self.cache.tokens_seen == 0
+        yield from read_ids(self.tokenizer, prompt, add_special_tokens=begins)  # type: ignore[arg-type]
+
+    def prefill(self, batches: Iterable[list[int]]) -> Tensor:
+        """Read all batches, in forwards as long as the cache takes; the logits [V] after the last token."""
+        decoder = self.model.get_decoder()
+        waiting: list[int] = []
+        for batch in batches:
+            self.sampler.observe(batch)
+            self.decoder.prime(batch)
+            waiting += batch
+            # The last token waits for the forward that also makes logits.
+            while len(waiting) > (width := self.cache.columns(None, PREFILL_CHUNK)):
+                began = time.perf_counter()
+                with torch.no_grad():
+                    decoder(input_ids=self.tensor(waiting[:width]), past_key_values=self.cache, use_cache=True)
+                del waiting[:width]
+                self.meter.prefilled(width, time.perf_counter() - began)
+        if not waiting:
+            raise InputError("The prompt is empty: give at least one token to go on from.")
+        began = time.perf_counter()
+        logits = self.forward(waiting)
+        self.meter.prefilled(len(waiting), time.perf_counter() - began)
+        return logits
+
+    def forward(self, ids: list[int]) -> Tensor:
+        """Read ``ids``; the logits [V] after the last one."""
+        with torch.no_grad():
+            output = self.model(input_ids=self.tensor(ids), past_key_values=self.cache, use_cache=True, **self.options)
+        logits: Tensor = output.logits[0, -1]
+        return logits
+
+    def tensor(self, ids: list[int]) -> Tensor:
+        """[1, T] ids on the model's device."""
+        return torch.tensor([ids], device=self.model.device)
+
+    def held_back(self) -> str:
+        """What decoder and stop strings still keep, when no more text can follow to decide it."""
+        text, stopped = self.stops.push(self.decoder.flush())
+        return text if stopped else text + self.stops.flush()
+
+    def stats(self) -> Stats:
+        """Counters and speeds so far."""
+        cache = self.cache
+        cached = cache.tokens_cached
+        if not self.size or cached <= self.cached_before:
+            self.size = cache.bytes
+        self.cached_before = cached
+        return self.meter.stats(
+            seen=cache.tokens_seen, cached=cached, evicted=cache.tokens_evicted, cache_bytes=self.size
+        )

@@ -1,0 +1,242 @@
+"""One run of a stream from the command line: read, write as it comes, save, and leave in order.
+
+Knows the terminal and the library, but no flags (``cli``) and no algorithm (``generate``). From the moment on that the
+stream begins, Ctrl-C is only noted: the loop ends between two tokens, what was read and written is saved, and then the
+process leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamllm.config import CacheConfig, OnEnd, SamplingConfig
+from streamllm.console import Answer, Screen, Signals, join, read_stdin
+from streamllm.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from streamllm.cache import SinkCache
+    from streamllm.detokenize import Decoder
+    from streamllm.generate import Chunk
+    from streamllm.sampling import Sampler
+    from streamllm.state import SavedStream
+
+CACHE_FLAGS = ("sinks", "window", "block")
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run shall do; see the flags of ``streamllm run``.
+
+    Args:
+        explicit: names of the settings that stand on the command line itself. Only they may change a saved stream.
+    """
+
+    prompt: str
+    model: str | None
+    device: str
+    dtype: str
+    cache: CacheConfig
+    sampling: SamplingConfig
+    explicit: frozenset[str]
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    endless: bool
+    save: Path | None
+    resume: Path | None
+    stats: bool
+    json: bool
+    quiet: bool
+    verbose: bool
+
+    def run(self) -> int:
+        """Carry it out; return the exit status.
+
+        Raises:
+            StreamLLMError: something expected went wrong; what can be saved is saved before.
+        """
+        with Signals() as signals, Screen(quiet=self.quiet, verbose=self.verbose) as screen:
+            # 1. what can be refused before the model is loaded
+            answer = Answer()
+            pieces = join(read_stdin(signals), self.prompt)
+            first = next(pieces, None)
+            if first is None and self.resume is None:
+                raise ConfigError(
+                    'The prompt is empty. Give one, as in: streamllm run "Once upon a time", or pipe text in.'
+                )
+            if self.save is not None:
+                check_target(self.save)
+
+            # 2. the model, and the stream to go on with
+            from streamllm import models
+            from streamllm.checkpoint import shown
+
+            folder = models.locate(self.model)
+            name = shown(folder)
+            screen.spin(f"loading {name}")
+            model, tokenizer = models.load(folder, device=self.device, dtype=self.dtype)
+            saved = self._open(model, tokenizer)
+            on_end = self._on_end(tokenizer)
+            sampler, decoder = self._voice(model, tokenizer, saved, on_end)
+            _banner(screen, name, saved.cache, model)
+
+            # 3. the stream
+            from streamllm.generate import stream
+
+            signals.defer()
+            prompt = None
+            if first is not None:
+                all_pieces = itertools.chain([first], pieces)
+                prompt = screen.watch(all_pieces, signals, lambda: _reading(saved.cache))
+            chunks = stream(
+                model,
+                tokenizer,
+                prompt,
+                max_tokens=self.max_tokens,
+                sampling=sampler,
+                stop=self.stop,
+                cache=saved.cache,
+                on_end=on_end,
+                decoder=decoder,
+            )
+            last = self._show(chunks, answer, screen, signals)
+
+            # 4. leave in order
+            if self.save is not None:
+                from streamllm.state import save_state
+
+                save_state(self.save, saved.cache, sampler=sampler, decoder=decoder)
+                screen.note(f"saved to {self.save}; go on with --resume {self.save}")
+            if last is not None and self.stats:
+                screen.line(last.stats.line())
+            if answer.error is not None:
+                raise answer.error
+            return 0 if signals.received is None else 128 + signals.received
+
+    def _open(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SavedStream:
+        """Begin a stream, or read a saved one."""
+        from streamllm.cache import SinkCache
+        from streamllm.state import SavedStream, load_state
+
+        if self.resume is None:
+            return SavedStream(SinkCache(model, self.cache.sinks, self.cache.window, self.cache.block))
+        saved = load_state(self.resume, model, tokenizer)
+        for name in CACHE_FLAGS:
+            here, there = getattr(self.cache, name), getattr(saved.cache.config, name)
+            if name in self.explicit and here != there:
+                raise ConfigError(
+                    f"--{name} {here} contradicts {self.resume}, which was saved with {name} {there} and keeps it: "
+                    "leave the flag out, or begin a new stream."
+                )
+        return saved
+
+    def _on_end(self, tokenizer: PreTrainedTokenizerBase) -> OnEnd:
+        """What an end token does: a base model may begin another text, a chat model would begin a user's turn."""
+        if not self.endless:
+            return "stop"
+        return "ban" if getattr(tokenizer, "chat_template", None) else "pass"
+
+    def _voice(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: SavedStream, on_end: OnEnd
+    ) -> tuple[Sampler, Decoder]:
+        """Return what draws and what spells: the saved ones, as far as no flag says otherwise."""
+        from streamllm.detokenize import Decoder
+        from streamllm.generate import end_ids
+        from streamllm.sampling import Sampler
+
+        banned = sorted(end_ids(model, tokenizer)) if on_end == "ban" else []
+        decoder = saved.decoder or Decoder(tokenizer)
+        if saved.sampler is None:
+            return Sampler(self.sampling, device=model.device, banned=banned), decoder
+        state = saved.sampler.state()
+        changed = {name: getattr(self.sampling, name) for name in SAMPLING_FLAGS if name in self.explicit}
+        state["config"].update(changed)
+        state["banned"] = banned
+        if "seed" not in changed:
+            return Sampler.from_state(state, device=model.device), decoder
+        sampler = Sampler(SamplingConfig(**state["config"]), device=model.device, banned=banned)
+        sampler.observe(state["recent"])
+        return sampler, decoder
+
+    def _show(self, chunks: Iterator[Chunk], answer: Answer, screen: Screen, signals: Signals) -> Chunk | None:
+        """Write the stream as it comes, until it ends, a signal comes or nobody listens; return its last chunk."""
+        last: Chunk | None = None
+        line = _json_lines if self.json else _TextLines()
+        closing: Any = chunks  # a generator
+        with contextlib.closing(closing):
+            for last in chunks:
+                screen.settle()
+                if not answer.write(line(last)) or signals.received is not None:
+                    break
+        if self.json and last is not None:
+            finish = last.finish or ("interrupted" if signals.received is not None else None)
+            answer.write(_json_line("stats", **last.stats.to_dict(), finish=finish))
+        elif answer.is_terminal:
+            answer.write("\n")
+        return last
+
+
+def check_target(path: Path) -> None:
+    """Find out now, not after an hour, that a stream cannot be saved to ``path``.
+
+    Raises:
+        StateError: it cannot.
+    """
+    if path.is_dir():
+        raise StateError(f"Cannot save the stream to {path}: it is a folder; name a file in it.")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise StateError(
+            f"Cannot save the stream to {path}: {error.strerror} ({path.parent}); choose another place with --save."
+        ) from error
+
+
+class _TextLines:
+    """A chunk as text; documents stand apart by a blank line."""
+
+    def __init__(self) -> None:
+        self._is_fresh = True  # nothing was written since the document began
+
+    def __call__(self, chunk: Chunk) -> str:
+        if chunk.text:
+            self._is_fresh = False
+        if not chunk.document_end or self._is_fresh:
+            return chunk.text
+        self._is_fresh = True
+        return chunk.text + "\n\n"
+
+
+def _json_lines(chunk: Chunk) -> str:
+    """A chunk as JSON, one object a line."""
+    lines = ""
+    if chunk.id is not None and (chunk.text or not chunk.document_end):
+        lines += _json_line("token", text=chunk.text, id=chunk.id)
+    return lines + _json_line("document_end", id=chunk.id) if chunk.document_end else lines
+
+
+def _json_line(kind: str, **fields: Any) -> str:
+    return json.dumps({"type": kind, **fields}) + "\n"
+
+
+def _banner(screen: Screen, name: str, cache: SinkCache, model: PreTrainedModel) -> None:
+    """Say what runs, in how much room, and what not to expect."""
+    from streamllm.doctor import sizes
+
+    screen.settle()
+    screen.note(f"{name} · {sizes(cache)} · {str(model.dtype).removeprefix('torch.')} on {model.device}")
+    screen.note("What has left the window is forgotten: fluent for ever is not remembering for ever. Ctrl-C stops.")
+
+
+def _reading(cache: SinkCache) -> str:
+    return f"reading · {cache.tokens_seen:,} tokens".replace(",", " ")

@@ -1,0 +1,244 @@
+"""Sampling against ``generate()`` of transformers and against plain formulas."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import streamllm
+from streamllm.config import SamplingConfig
+from streamllm.errors import ConfigError, StateError, StreamLLMError
+from streamllm.sampling import Sampler
+
+V = 97
+
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 1.0, "top_p": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.5, "top_p": 1.0, "top_k": 20},
+    {"temperature": 1.3, "top_p": 0.95, "min_p": 0.05},
+    {"temperature": 2.0, "top_p": 0.8, "top_k": 30, "min_p": 0.02, "repetition_penalty": 1.3},
+    {"temperature": 1, "top_p": 1, "repetition_penalty": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    folder = Path(streamllm.__file__).parent / "embedded" / "stories260K"
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    return loaded
+
+
+def logits_of(seed: int, n: int = 1, spread: float = 3.0) -> torch.Tensor:
+    """Random logits [n, V]."""
+    return torch.randn(n, V, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_are_those_of_generate(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Reference: ``model.generate(do_sample=True)`` with the same seed, whose raw logits the sampler gets."""
+    prompt = torch.tensor([[1, 403, 407, 261, 378]])
+    torch.manual_seed(11)
+    options = {"top_k": 0, "min_p": 0.0} | settings
+    options |= {name: float(options[name]) for name in ("temperature", "repetition_penalty") if name in options}
+    out = model.generate(
+        prompt,
+        do_sample=True,
+        max_new_tokens=40,
+        min_new_tokens=40,
+        eos_token_id=None,
+        pad_token_id=2,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    sampler = Sampler(SamplingConfig(seed=11, **settings))
+    sampler.observe(prompt[0].tolist())
+    drawn = [sampler(logits[0]) for logits in out.logits]
+    assert drawn == out.sequences[0, prompt.shape[1] :].tolist()
+    assert len(set(drawn)) > 5
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_greedy_draws_are_those_of_generate(model: PreTrainedModel, penalty: float) -> None:
+    """Reference: ``model.generate(do_sample=False)`` with the same penalty."""
+    prompt = torch.tensor([[1, 403, 407, 261, 378]])
+    out = model.generate(
+        prompt,
+        do_sample=False,
+        max_new_tokens=60,
+        eos_token_id=None,
+        pad_token_id=2,
+        repetition_penalty=penalty,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    sampler = Sampler(SamplingConfig(temperature=0, repetition_penalty=penalty))
+    sampler.observe(prompt[0].tolist())
+    assert [sampler(logits[0]) for logits in out.logits] == out.sequences[0, prompt.shape[1] :].tolist()
+
+
+def test_draws_follow_the_probabilities() -> None:
+    """Reference: softmax of the logits over the temperature; 20 000 draws, five standard deviations."""
+    logits, temperature, draws = logits_of(3)[0][:8], 1.7, 20_000
+    sampler = Sampler(SamplingConfig(temperature=temperature, top_p=1, seed=5))
+    counts = torch.bincount(torch.tensor([sampler(logits) for _ in range(draws)]), minlength=8)
+    wanted = torch.softmax(logits / temperature, -1)
+    assert ((counts / draws - wanted).abs() < 5 * (wanted * (1 - wanted) / draws).sqrt()).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 0.5, 3.0])
+def test_banned_ids_are_never_drawn(temperature: float) -> None:
+    """Reference: the ban itself; the three most likely ids are banned, and ids beyond the vocabulary do no harm."""
+    logits = logits_of(4)[0]
+    banned = logits.topk(3).indices.tolist()
+    sampler = Sampler(SamplingConfig(temperature=temperature, seed=1), banned=[*banned, banned[0], V, 10**9])
+    before = logits.clone()
+    drawn = {sampler(logits) for _ in range(300)}
+    assert not drawn & set(banned)
+    assert torch.equal(logits, before)
+    if temperature < 1e-5:
+        assert drawn == {int(logits.topk(4).indices[3])}
+
+
+def test_the_penalty_reaches_back_as_far_as_its_window_and_no_further() -> None:
+    """Reference: the formula on a plain list: logits of the last two ids divided if positive, else multiplied."""
+    config = SamplingConfig(temperature=0, repetition_penalty=3.0, repetition_window=2)
+    sampler = Sampler(config)
+    sampler.observe([1, 2, 3])
+    logits = torch.tensor([0.5, 2.0, 2.9, -0.1, 0.7])
+    drawn, recent = [], [2, 3]
+    for _ in range(8):
+        drawn.append(sampler(logits))
+        assert list(sampler.recent) == [*recent, drawn[-1]][-2:]
+        scores = [(x / 3.0 if x > 0 else x * 3.0) if i in recent else x for i, x in enumerate(logits.tolist())]
+        assert drawn[-1] == scores.index(max(scores))
+        recent = [*recent, drawn[-1]][-2:]
+    assert set(drawn) == {1, 2, 4}
+
+
+def test_the_sampler_remembers_no_more_than_its_window() -> None:
+    """Reference: the window; 100 000 ids are observed."""
+    sampler = Sampler(SamplingConfig(repetition_window=50))
+    sampler.observe(range(100_000))
+    assert list(sampler.recent) == list(range(99_950, 100_000))
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, {"temperature": 0.0}], ids=str)
+def test_a_sampler_from_its_state_goes_on_with_the_same_draws(settings: dict[str, Any]) -> None:
+    """Reference: the sampler that was never stopped; the state goes through JSON."""
+    rows = logits_of(6, 80)
+    whole = Sampler(SamplingConfig(repetition_window=7, **settings), banned=[5, 3])
+    whole.observe([9, 9, 4])
+    for row in rows[:40]:
+        whole(row)
+    resumed = Sampler.from_state(json.loads(json.dumps(whole.state())))
+    assert (resumed.seed, resumed.recent, resumed.recent.maxlen) == (whole.seed, whole.recent, 7)
+    assert (resumed.config, resumed.banned) == (whole.config, (3, 5))
+    assert [resumed(row) for row in rows[40:]] == [whole(row) for row in rows[40:]]
+
+
+def test_the_same_seed_gives_the_same_draws_and_no_seed_a_new_one_each_time() -> None:
+    """Reference: a second sampler, made with the seed that the first one tells."""
+    rows = logits_of(7, 50)
+    first, other = Sampler(SamplingConfig()), Sampler(SamplingConfig())
+    again = Sampler(SamplingConfig(seed=first.seed))
+    drawn = [first(row) for row in rows]
+    assert drawn == [again(row) for row in rows]
+    assert first.seed != other.seed
+    assert drawn != [other(row) for row in rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_half_precision_logits_are_drawn_from_in_float32(dtype: torch.dtype, temperature: float) -> None:
+    """Reference: the same logits turned to float32 beforehand."""
+    rows = logits_of(8, 50).to(dtype)
+    config = SamplingConfig(temperature=temperature, seed=2, repetition_penalty=1.2)
+    low, full = Sampler(config), Sampler(config)
+    assert [low(row) for row in rows] == [full(row.float()) for row in rows]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_a_clear_error(bad: float, temperature: float) -> None:
+    """Reference: the words of the message; torch itself would pick the bad id or die in its kernel."""
+    logits = logits_of(9)[0]
+    logits[17] = bad
+    with pytest.raises(StreamLLMError, match=rf"not finite \(the largest is {bad}\).*load the model with dtype"):
+        Sampler(SamplingConfig(temperature=temperature))(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_banning_everything_is_a_clear_error(temperature: float) -> None:
+    """Reference: the words of the message."""
+    sampler = Sampler(SamplingConfig(temperature=temperature), banned=range(V))
+    with pytest.raises(StreamLLMError, match=f"No token is left.*after banning {V} ids; ban fewer"):
+        sampler(logits_of(9)[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_minus_infinity_for_some_ids_is_no_error(temperature: float) -> None:
+    """Reference: the only id that is left."""
+    logits = torch.full((V,), -math.inf)
+    logits[31] = -2.0
+    assert Sampler(SamplingConfig(temperature=temperature))(logits) == 31
+
+
+@pytest.mark.parametrize(
+    ("settings", "banned", "words"),
+    [
+        ({"temperature": math.inf}, (), "temperature must be a finite number, you gave inf"),
+        ({"repetition_penalty": math.inf}, (), "repetition_penalty must be a finite number, you gave inf"),
+        ({}, (3, -1), "banned ids must be at least 0, you gave -1"),
+    ],
+)
+def test_numbers_that_cannot_be_used_are_refused(
+    settings: dict[str, float], banned: tuple[int, ...], words: str
+) -> None:
+    """Reference: the words of the message."""
+    with pytest.raises(ConfigError, match=words):
+        Sampler(SamplingConfig(**settings), banned=banned)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"generator": "AAAA"},
+        {"generator": "???"},
+        {"config": {"temperature": -1}},
+        {"config": {"heat": 1}},
+        {"recent": ["x"]},
+        {"seed": None},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused(damage: dict[str, Any]) -> None:
+    """Reference: the state before the damage, which is accepted."""
+    state = Sampler(SamplingConfig()).state()
+    assert Sampler.from_state(state).seed == state["seed"]
+    with pytest.raises(StateError, match="saved sampler cannot be used"):
+        Sampler.from_state(state | damage)
+
+
+def test_a_state_without_a_field_or_from_another_device_is_refused() -> None:
+    """Reference: the words of the messages."""
+    state = Sampler(SamplingConfig()).state()
+    for name in ("config", "banned", "recent", "seed", "generator"):
+        with pytest.raises(StateError, match=f"KeyError: '{name}'"):
+            Sampler.from_state({key: value for key, value in state.items() if key != name})
+    with pytest.raises(StateError, match="saved on 'cuda' and cannot go on with the same draws on 'cpu'"):
+        Sampler.from_state(state | {"device": "cuda"})
+
+
+def test_the_config_in_the_state_is_the_one_given() -> None:
+    """Reference: ``dataclasses.asdict``."""
+    config = SamplingConfig(temperature=0.3, top_k=5, seed=4)
+    assert Sampler(config).state()["config"] == dataclasses.asdict(config)
