@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from streamllm import reading
@@ -116,14 +116,8 @@ def test_a_run_that_the_start_of_a_stretch_would_shift_is_put_in_step_by_a_line_
         assert joined(read_ids(tokenizer, text))[:2000] == tokenizer(text, verbose=False).input_ids[:2000]
 
 
-class _OutOfStep(PreTrainedTokenizerFast):
-    """Pairs up letters from the very end of a text, so that no two stretches of odd difference agree."""
-
-
 def paired_from_the_end() -> PreTrainedTokenizerBase:
     """Cuts a run of letters in pairs counted from its end; exact reading would need the end first."""
-    from tokenizers import Regex
-
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "aa": 2, "\n": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"a(?=(?:aa)*(?!a))|aa|\n"), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")

@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_opened_is_refused(file: Path, monkeypatch: pytest
 
 
 def test_a_named_file_must_exist(file: Path) -> None:
-    with pytest.raises(ConfigError, match="STREAMLLM_CONFIG names .*settings.toml, which is no file"):
+    with pytest.raises(ConfigError, match=r"STREAMLLM_CONFIG names .*settings\.toml, which is no file"):
         read_settings()
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from streamllm.cache import SinkCache
     from streamllm.config import CacheConfig, SamplingConfig
     from streamllm.errors import StreamLLMError
-    from streamllm.generate import Chunk, generate, stream
+    from streamllm.loop import Chunk, generate, stream
     from streamllm.models import load
     from streamllm.state import load_state, save_state
     from streamllm.stats import Stats
@@ -21,12 +21,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "load": "models",
-    "stream": "generate",
-    "generate": "generate",
+    "stream": "loop",
+    "generate": "loop",
     "SinkCache": "cache",
     "CacheConfig": "config",
     "SamplingConfig": "config",
-    "Chunk": "generate",
+    "Chunk": "loop",
     "Stats": "stats",
     "save_state": "state",
     "load_state": "state",

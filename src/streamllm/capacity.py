@@ -21,12 +21,12 @@ def fit_config(config: CacheConfig, spec: ModelSpec) -> CacheConfig:
     config = config.replace(reread=spec.reread if config.reread is None else config.reread)
     if config.window is None:
         window = min(DEFAULT_WINDOW, limit // 2 - config.sinks, limit - config.sinks - config.block + 1)
-        if window < 1:
+        if window < 1 and config.sinks < limit:
             raise ConfigError(
-                f"{config.sinks} sinks and a block of {config.block} leave no room for a window: this model was trained "
-                f"on {limit} positions; use fewer sinks, or block={max(1, limit // 8)}."
+                f"{config.sinks} sinks and a block of {config.block} leave no room for a window: this model was "
+                f"trained on {limit} positions; use fewer sinks, or block={max(1, limit // 8)}."
             )
-        config = config.replace(window=window)
+        config = config.replace(window=max(1, window))
     check_capacity(config.sinks, config, spec)
     return config
 

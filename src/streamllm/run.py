@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from streamllm.cache import SinkCache
     from streamllm.detokenize import Decoder
-    from streamllm.generate import Chunk
+    from streamllm.loop import Chunk
     from streamllm.sampling import Sampler
     from streamllm.state import SavedStream
 
@@ -90,7 +90,7 @@ class Job:
             _banner(screen, name, saved.cache, model)
 
             # 3. the stream
-            from streamllm.generate import stream
+            from streamllm.loop import stream
 
             signals.defer()
             prompt = None
@@ -150,7 +150,7 @@ class Job:
     ) -> tuple[Sampler, Decoder]:
         """Return what draws and what spells: the saved ones, as far as no flag says otherwise."""
         from streamllm.detokenize import Decoder
-        from streamllm.generate import end_ids
+        from streamllm.loop import end_ids
         from streamllm.sampling import Sampler
 
         banned = sorted(end_ids(model, tokenizer)) if on_end == "ban" else []

@@ -339,7 +339,8 @@ class _Probe:
 
     def _ids(self) -> Tensor:
         """[1, PROBE_LENGTH] different tokens."""
-        return (self._token() + torch.arange(PROBE_LENGTH, device=self.model.device)) % self.config.vocab_size
+        first = self._token()
+        return (first + torch.arange(PROBE_LENGTH, device=first.device)) % int(self.config.vocab_size)
 
     def _forward(self, ids: Tensor, cache: DynamicCache | None, **options: Any) -> Tensor:
         output: Tensor = self._run(ids, cache, **options)[0]

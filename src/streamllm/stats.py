@@ -106,7 +106,10 @@ class Meter:
 
 
 def peak_rss_bytes() -> int:
-    """Return the most memory this process has ever held, in bytes; 0 where the system does not tell."""
+    """Return the most memory this process has ever held, in bytes; 0 where the system does not tell.
+
+    On Linux a process starts with the peak of the one that started it.
+    """
     if resource is None:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT

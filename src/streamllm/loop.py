@@ -196,7 +196,10 @@ class _Loop:
         if prompt is None:
             return
         if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(x, int) for x in prompt):
-            yield [int(x) for x in prompt]
+            size = self.model.get_input_embeddings().num_embeddings
+            if strange := [x for x in prompt if not 0 <= x < size]:
+                raise InputError(f"{strange[0]} is no id of this model, whose ids run from 0 to {size - 1}.")
+            yield list(prompt)
             return
         begins = self.cache.tokens_seen == 0
         yield from read_ids(self.tokenizer, prompt, add_special_tokens=begins)  # type: ignore[arg-type]
