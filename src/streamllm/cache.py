@@ -432,6 +432,8 @@ class SinkCache(Gated):
 
     def _settle(self) -> None:
         """Let every layer carry out the steps that the ledgers have decided; resumes after an interrupt."""
+        if not any(ledger.steps for ledger in self._ledgers):
+            return
         for layer in self.layers:
             if isinstance(layer, SinkLayer):
                 layer.catch_up()
