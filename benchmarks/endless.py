@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,40 +37,43 @@ PROMPT = "Once upon a time"
 MEGABYTE = 1_000_000
 
 
+MARKS = (2_000, 10_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000)
+COMPARED = 100_000
+WIDTH = 2_000
+
+
 @dataclass(frozen=True)
 class Setting:
     """Where to measure.
 
     Args:
-        marks: tokens generated; the first is the one that others are compared with.
-        compared: the mark of the targets (the last one, if the run ends before).
+        tokens: of the whole run, but for the last half of ``width`` and what comes beside the young stream.
+        marks: tokens generated, the last of them ``tokens``; the first is the one that others are compared with.
+        compared: the mark of the targets.
         width: tokens that are timed around each mark.
-        tokens: of the whole run, but for the last half of ``width``.
         seed: of the stream.
     """
 
+    tokens: int
     marks: tuple[int, ...]
     compared: int
     width: int
-    tokens: int
-    seed: int = 1
+    seed: int
 
 
-MARKS = (2_000, 10_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000)
-COMPARED = 100_000
-
-
-def make_setting(tokens: int, seed: int, *, is_quick: bool) -> Setting:
-    """Marks up to ``tokens``, which is one itself.
+def make_setting(tokens: int | None, seed: int, *, is_quick: bool) -> Setting:
+    """Marks up to ``tokens``, which is the last one; ``None``: 100,000, or few for a trial.
 
     Raises:
         ValueError: ``tokens`` leaves no second mark.
     """
-    marks, width = ((400, 800), 4 * BLOCK) if is_quick else (MARKS, 2_000)
-    if tokens <= marks[0]:
-        raise ValueError(f"--tokens must be above {marks[0]}, you gave {tokens}")
-    passed = (*(mark for mark in marks if mark < tokens), tokens)
-    return Setting(passed, COMPARED if COMPARED in passed else passed[-1], width, tokens, seed)
+    marks, width = ((400,), 4 * BLOCK) if is_quick else (MARKS, WIDTH)
+    if tokens is None:
+        tokens = marks[0] + 2 * width if is_quick else COMPARED
+    if tokens < marks[0] + width:
+        raise ValueError(f"--tokens must be at least {marks[0] + width}, so that there is something to compare")
+    passed = (*(mark for mark in marks if mark <= tokens - width), tokens)
+    return Setting(tokens, passed, COMPARED if COMPARED in passed else tokens, width, seed)
 
 
 @dataclass
@@ -81,7 +84,7 @@ class Blocks:
     cpu: list[float] = field(default_factory=list)
 
     def read(self, chunks: Iterator[Chunk], count: int) -> None:
-        """Draw ``count`` blocks from ``chunks`` and time each."""
+        """Draw ``count`` blocks from ``chunks``, each timed."""
         for _ in range(count):
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(BLOCK):
@@ -153,25 +156,108 @@ class Stream:
         return Mark(tokens, blocks, rss, stats.tokens_cached, stats.cache_bytes)
 
 
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting) -> list[Mark]:
-    """Let one stream pass all marks, then take turns with a young one; the last mark is that of the young stream."""
-    old = Stream(model, tokenizer, setting.seed)
-    found: list[Mark] = []
-    for mark in setting.marks:
-        print(f"up to token {mark:,}", file=sys.stderr, flush=True)
-        found.append(old.at(mark, setting.width))
-    return found
-
-
-def measure_beside(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, old: Stream
-) -> tuple[Blocks, Blocks]:
-    """Blocks of the old stream and of a young one at the first mark, taken by turns."""
-    young = Stream(model, tokenizer, setting.seed)
-    count = setting.width // BLOCK
-    young.skip(setting.marks[0] - count * BLOCK // 2)
+def take_turns(old: Stream, young: Stream, count: int) -> tuple[Blocks, Blocks]:
+    """``count`` blocks of each, a block of one after a block of the other."""
     of_old, of_young = Blocks(), Blocks()
     for _ in range(count):
         old.read(of_old, 1)
         young.read(of_young, 1)
     return of_old, of_young
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting
+) -> tuple[dict[str, Any], list[Target]]:
+    """Run everything; the figures and the targets."""
+    old = Stream(model, tokenizer, setting.seed)
+    marks: dict[int, Mark] = {}
+    for tokens in setting.marks:
+        _tell(f"up to token {tokens:,}")
+        marks[tokens] = old.at(tokens, setting.width)
+    _tell("beside a young stream")
+    young, count = Stream(model, tokenizer, setting.seed), setting.width // BLOCK
+    young.skip(setting.marks[0] - count * BLOCK // 2)
+    of_old, of_young = take_turns(old, young, count)
+
+    first, last = marks[setting.marks[0]], marks[setting.compared]
+    growth = (last.rss - first.rss) / MEGABYTE
+    span = f"token {last.tokens:,} / {first.tokens:,}"
+    targets = [
+        Target(f"ms per token, {span}", _ratio(last.blocks.wall, first.blocks.wall), 1.05),
+        Target(f"memory grown, token {first.tokens:,} to {last.tokens:,}", growth, 2.0, unit="MB"),
+    ]
+    figures = {
+        "setting": asdict(setting),
+        "marks": [mark.to_dict() for mark in marks.values()],
+        "ratios": {
+            f"wall, median, {span}": _ratio(last.blocks.wall, first.blocks.wall),
+            f"wall, least, {span}": min(last.blocks.wall) / min(first.blocks.wall),
+            f"processor, median, {span}": _ratio(last.blocks.cpu, first.blocks.cpu),
+            f"processor, least, {span}": min(last.blocks.cpu) / min(first.blocks.cpu),
+            f"wall, median, token {setting.tokens:,} beside a young stream": _ratio(of_old.wall, of_young.wall),
+            f"processor, median, token {setting.tokens:,} beside a young stream": _ratio(of_old.cpu, of_young.cpu),
+        },
+        "beside": {"old": of_old.to_dict(), "young": of_young.to_dict()},
+        "targets": [target.to_dict() for target in targets],
+    }
+    return figures, targets
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return round(median(above) / median(below), 4)
+
+
+def show(figures: dict[str, Any], targets: Sequence[Target]) -> None:
+    """Print the tables."""
+    names = ("wall ms", "least", "cpu ms", "least", "RSS MB", "cached", "cache kB")
+    print(f"{'token':>12}" + "".join(f"{name:>10}" for name in names))
+    for mark in figures["marks"]:
+        times = (mark[name] for name in ("wall_ms", "wall_ms_min", "cpu_ms", "cpu_ms_min"))
+        print(
+            f"{mark['tokens']:>12,}"
+            + "".join(f"{time:>10.4f}" for time in times)
+            + f"{mark['rss_bytes'] / MEGABYTE:>10.2f}{mark['tokens_cached']:>10,}{mark['cache_bytes'] / 1000:>10,.0f}"
+        )
+    print()
+    width = max(map(len, figures["ratios"]))
+    for name, value in figures["ratios"].items():
+        print(f"{name:<{width}}  {value:.3f}")
+    print()
+    print_targets(targets)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tokens", type=int, help="length of the stream (default: 100000)")
+    parser.add_argument("--seed", type=int, default=1, help="of the stream (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own)")
+    parser.add_argument("--quick", action="store_true", help="to try the script; writes only to --out")
+    parser.add_argument("--out", type=Path, help="where the record goes (default: docs/results/endless.json)")
+    options = parser.parse_args(argv)
+    try:
+        setting = make_setting(options.tokens, options.seed, is_quick=options.quick)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+    model, tokenizer = streamllm.load()
+    dtype = str(model.dtype).removeprefix("torch.")
+    record = begin_record("endless", argv, "stories260K, embedded", dtype)
+    figures, targets = measure(model, tokenizer, setting)
+    record.figures.update(figures)
+    show(figures, targets)
+    out = target_path("endless", options.out, quick=options.quick)
+    if out is not None:
+        record.save(out)
+    print(json.dumps(record.to_dict()))
+
+
+if __name__ == "__main__":
+    main()

@@ -126,6 +126,20 @@ def test_left_padded_prompts_in_generate_equal_each_prompt_alone(model: PreTrain
         assert got[longest:].tolist() == greedy(model, SinkCache(model, S, W, B), row[None], 40)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_padding_that_all_rows_share_is_left_out_as_well(model: PreTrainedModel, ids: Tensor, rows: int) -> None:
+    """Reference: the same tokens without padding, in two turns."""
+    want = read(model, SinkCache(model, S, W, B), ids[:, :14])
+    cache = SinkCache(model, S, W, B, batch_size=rows)
+    got = []
+    with torch.no_grad():
+        for part in ids[:, :14].split(7, dim=1):
+            padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), part], dim=1).repeat(rows, 1)
+            mask = torch.tensor([[0] * 5 + [1] * 7] * rows)
+            got.append(model(padded, attention_mask=mask, past_key_values=cache).logits[-1, 5:])
+    assert torch.allclose(torch.cat(got), want, atol=1e-9)
+
+
 def test_beam_search_equals_beam_search_with_a_cache_that_never_evicts(model: PreTrainedModel, ids: Tensor) -> None:
     """Reference: ``DynamicCache`` with a window that holds everything; and it runs on past evictions."""
     options = {"num_beams": 3, "do_sample": False, "eos_token_id": -1, "early_stopping": False}

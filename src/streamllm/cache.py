@@ -479,7 +479,9 @@ class SinkCache(Gated):
         """The attention mask: none for rows of one age, 2-D for rows of different age, 4-D across evictions."""
         if chunk.crossings:
             return crossing_mask(self._main, chunk).to(device=device, dtype=next(decoder.parameters()).dtype)
-        return None if self._main.is_uniform else padding_mask(self._main, chunk, self._offset).to(device)
+        if self._main.is_uniform and not chunk.is_padded:
+            return None
+        return padding_mask(self._main, chunk, self._offset).to(device)
 
     @property
     def _offset(self) -> int:
