@@ -257,15 +257,21 @@ def test_a_forward_longer_than_the_room_returns_all_its_logits(model: PreTrained
         assert torch.allclose(model.lm_head(hidden[0])[0], want, atol=1e-9)
 
 
-def test_attentions_across_an_eviction_are_refused_because_they_would_not_fit_together(ids: Tensor) -> None:
-    """Reference: none; within the room they are given."""
-    model = FAMILIES["gemma2"].make(trained=48, attn="eager")
-    cache = SinkCache(model, S, W, B)
-    with torch.no_grad():
-        inside = model(ids[:, :5], past_key_values=cache, output_attentions=True)
-        assert inside.attentions[0].shape[-1] == 5
-        with pytest.raises(CacheError, match="eviction falls between"):
-            model(ids[:, 5:60], past_key_values=cache, output_attentions=True)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_attentions_across_an_eviction_are_refused_because_they_would_not_fit_together(
+    family: str, ids: Tensor
+) -> None:
+    """Reference: none; within the room they are given. One of the two reads across evictions in one forward."""
+    model = FAMILIES[family].make(trained=48, attn="eager")
+    for what in ("attentions", "hidden_states"):
+        cache = SinkCache(model, S, W, B)
+        options = {f"output_{what}": True}
+        with torch.no_grad():
+            inside = model(ids[:, :5], past_key_values=cache, **options)
+            assert getattr(inside, what)[-1].shape[-2] == 5
+            if what == "attentions" or family == "gemma2":
+                with pytest.raises(CacheError, match=r"would not fit together; feed at most 10 tokens"):
+                    model(ids[:, 5:60], past_key_values=cache, **options)
 
 
 def test_masks_that_only_the_cache_can_make_are_refused(model: PreTrainedModel, ids: Tensor) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
@@ -354,7 +354,7 @@ class SinkCache(Gated):
             and self._main.cached(self.rows[0]) >= self.rows[0].pinned
         )
 
-    def enter(self, decoder: nn.Module, tokens: Tensor, valid: Tensor | None, *, are_ids: bool) -> dict[str, Any]:
+    def enter(self, decoder: PreTrainedModel, tokens: Tensor, valid: Tensor | None, *, are_ids: bool) -> dict[str, Any]:
         """Begin a forward; see ``Gated``."""
         self._check(tokens, valid, are_ids=are_ids)
         main = self._main
@@ -383,7 +383,7 @@ class SinkCache(Gated):
         # 3. what the model needs to know
         self._is_open = True
         self._is_fragile = chunk.crossings > 0 or chunk.is_padded or self.spec.count("linear") > 0
-        return {"position_ids": positions, "attention_mask": self._mask(chunk, decoder, tokens.device)}
+        return {"position_ids": positions, "attention_mask": self._mask(chunk, decoder.dtype, tokens.device)}
 
     def leave(self) -> None:
         """End the forward; see ``Gated``."""
@@ -449,7 +449,7 @@ class SinkCache(Gated):
         for ledger in self._sliding.values() if rebased else ():
             ledger.rotate_back(index, rebased)
 
-    def _reread(self, decoder: nn.Module, due: list[int], device: torch.device) -> None:
+    def _reread(self, decoder: PreTrainedModel, due: list[int], device: torch.device) -> None:
         """Evict by reading the tokens that stay once more, from position 0, by a forward of their own."""
         main, block = self._main, self.config.block
         kept = [list(ids) for ids in self._ids]
@@ -475,10 +475,10 @@ class SinkCache(Gated):
             row.seen = before
         self._columns = columns
 
-    def _mask(self, chunk: Chunk, decoder: nn.Module, device: torch.device) -> Tensor | None:
+    def _mask(self, chunk: Chunk, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The attention mask: none for rows of one age, 2-D for rows of different age, 4-D across evictions."""
         if chunk.crossings:
-            return crossing_mask(self._main, chunk).to(device=device, dtype=next(decoder.parameters()).dtype)
+            return crossing_mask(self._main, chunk).to(device=device, dtype=dtype)
         if self._main.is_uniform and not chunk.is_padded:
             return None
         return padding_mask(self._main, chunk, self._offset).to(device)

@@ -15,14 +15,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from streamllm.errors import CacheError
 
 # The decoders that have the hooks, with the names of their forward's parameters.
-_gated: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+_gated: WeakKeyDictionary[PreTrainedModel, tuple[str, ...]] = WeakKeyDictionary()
 
 
 class Gated(Cache, ABC):
@@ -31,12 +31,17 @@ class Gated(Cache, ABC):
     # Hidden states of the parts already read of the forward that is going on.
     _parts: tuple[Tensor, ...] = ()
 
+    @property
+    @abstractmethod
+    def room(self) -> int:
+        """Tokens that can be read before the next eviction."""
+
     @abstractmethod
     def columns(self, valid: Tensor | None, most: int) -> int:
         """How many of the next ``most`` columns one forward may read, >= 1. ``valid`` [B, T]: which hold tokens."""
 
     @abstractmethod
-    def enter(self, decoder: nn.Module, tokens: Tensor, valid: Tensor | None, *, are_ids: bool) -> dict[str, Any]:
+    def enter(self, decoder: PreTrainedModel, tokens: Tensor, valid: Tensor | None, *, are_ids: bool) -> dict[str, Any]:
         """Begin a forward over ``tokens`` (ids [B, T] or embeddings [B, T, hidden]).
 
         Returns the ``position_ids`` and the ``attention_mask`` that it needs.
@@ -56,7 +61,9 @@ def attach(model: PreTrainedModel) -> None:
         _gated[decoder] = tuple(inspect.signature(decoder.forward).parameters)
 
 
-def _before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any] | None:
+def _before(
+    decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], Any] | None:
     """Pre-hook: evict, cut, supply positions and mask."""
     # 1. only forwards with a gated cache
     parameters = _gated[decoder]
@@ -74,6 +81,9 @@ def _before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     total = tokens.shape[1]
     valid = _valid(inputs.get("attention_mask"), tokens)
 
+    if inputs.get("output_attentions") and total > cache.room:
+        raise _too_long("Attentions", total, cache)
+
     # 3. read all but the last part in forwards of their own (each comes back through this hook, and fits)
     parts: list[Tensor] = []
     first = 0
@@ -83,11 +93,8 @@ def _before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         piece["attention_mask"] = None if valid is None else valid[:, first : first + width]
         if first + width == total:
             break
-        if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
-            raise CacheError(
-                f"Attentions or hidden states of {total} tokens were asked for, but an eviction falls between them; "
-                f"feed at most {width} tokens now (cache.room says how many)."
-            )
+        if inputs.get("output_hidden_states"):
+            raise _too_long("Hidden states", total, cache)
         parts.append(decoder(**piece)[0])
         first += width
 
@@ -100,7 +107,7 @@ def _before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return (), {name: value for name, value in piece.items() if name in parameters or name not in supplied}
 
 
-def _after(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _after(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Post-hook: count the tokens; join the outputs of the parts."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, Gated):
@@ -131,6 +138,13 @@ def _valid(mask: Any, tokens: Tensor) -> Tensor | None:
     if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
         raise CacheError("A SinkCache reads left-padded batches only: set tokenizer.padding_side = 'left'.")
     return valid
+
+
+def _too_long(what: str, total: int, cache: Gated) -> CacheError:
+    return CacheError(
+        f"{what} of {total} tokens were asked for, but an eviction falls between them, so they would not fit together; "
+        f"feed at most {cache.room} tokens now (cache.room)."
+    )
 
 
 def _piece(inputs: dict[str, Any], total: int, first: int, stop: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import TypeIs
 
 from streamllm.cache import SinkCache
 from streamllm.config import ON_END, PREFILL_CHUNK, CacheConfig, OnEnd, SamplingConfig
@@ -132,6 +133,11 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
     return frozenset(found)
 
 
+def _are_ids(prompt: Sequence[int] | Iterable[str]) -> TypeIs[Sequence[int]]:
+    """Whether a prompt is a list of ids, not an iterable of text."""
+    return isinstance(prompt, Sequence) and all(isinstance(x, int) for x in prompt)
+
+
 class _Loop:
     """One stream on its way."""
 
@@ -195,14 +201,14 @@ class _Loop:
         yield self.cache.unread
         if prompt is None:
             return
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(x, int) for x in prompt):
-            size = self.model.get_input_embeddings().num_embeddings
-            if strange := [x for x in prompt if not 0 <= x < size]:
-                raise InputError(f"{strange[0]} is no id of this model, whose ids run from 0 to {size - 1}.")
-            yield list(prompt)
+        if isinstance(prompt, str) or not _are_ids(prompt):
+            begins = self.cache.tokens_seen == 0
+            yield from read_ids(self.tokenizer, prompt, add_special_tokens=begins)
             return
-        begins = self.cache.tokens_seen == 0
-        yield from read_ids(self.tokenizer, prompt, add_special_tokens=begins)  # type: ignore[arg-type]
+        size = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        if strange := [x for x in prompt if not 0 <= x < size]:
+            raise InputError(f"{strange[0]} is no id of this model, whose ids run from 0 to {size - 1}.")
+        yield list(prompt)
 
     def prefill(self, batches: Iterable[list[int]]) -> Tensor:
         """Read all batches, in forwards as long as the cache takes; the logits [V] after the last token."""

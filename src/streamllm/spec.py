@@ -114,7 +114,8 @@ class ModelSpec:
         return sum(layer.kind == kind for layer in self.layers)
 
 
-_known: WeakKeyDictionary[PreTrainedModel, tuple[torch.dtype, ModelSpec]] = WeakKeyDictionary()
+# What was found, with the dtype and the attention kernel that it was found with.
+_known: WeakKeyDictionary[PreTrainedModel, tuple[tuple[torch.dtype, str], ModelSpec]] = WeakKeyDictionary()
 
 
 def inspect_model(model: PreTrainedModel) -> ModelSpec:
@@ -126,13 +127,13 @@ def inspect_model(model: PreTrainedModel) -> ModelSpec:
     """
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"Expected a transformers model (PreTrainedModel), got {type(model).__name__}.")
-    known = _known.get(model)
-    if known is None or known[0] != model.dtype:
+    known, state = _known.get(model), (model.dtype, str(model.config._attn_implementation))
+    if known is None or known[0] != state:
         was_training = model.training
         model.eval()
         try:
             with torch.no_grad():
-                known = _known[model] = (model.dtype, _Probe(model).spec())
+                known = _known[model] = (state, _Probe(model).spec())
         finally:
             model.train(was_training)
     return known[1]

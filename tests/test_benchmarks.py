@@ -1,0 +1,234 @@
+"""The benchmark scripts run, and their records say on what; no time is asserted here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from streamllm import SinkCache, stats
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports a script of benchmarks/ by its name; one thread, because many wait for each other on a busy machine."""
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("PYTHONPATH", str(Path(stats.__file__).parents[1]))  # for the processes that scripts start
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+
+
+def run(module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    """Run ``main`` and check what all records have in common; the last line of the output is the record, too."""
+    out = tmp_path / "record.json"
+    name = module.__name__
+    module.main([*flags, "--quick", f"--out={out}"])
+    record: dict[str, Any] = json.loads(out.read_text())
+    shown = capsys.readouterr().out
+    assert json.loads(shown.splitlines()[-1]) == record
+    assert " met" in shown
+    assert list(tmp_path.iterdir()) == [out]
+
+    assert list(record) == ["name", "command", "began", "commit", "machine", "model", "dtype", "figures"]
+    assert record["name"] == name
+    assert record["command"] == " ".join(["python", f"benchmarks/{name}.py", *flags, "--quick", "--out=record.json"])
+    assert record["began"].endswith("+00:00")
+    assert record["dtype"] == "float32"
+    machine = record["machine"]
+    keys = ["cpu", "cores", "ram_gib", "os", "python", "torch", "transformers", "streamllm", "threads", "load_before"]
+    assert list(machine) == keys
+    assert all(machine[key] for key in keys if key != "load_before")
+    assert str(Path.home()) not in out.read_text()
+    for target in record["figures"]["targets"]:
+        assert set(target) == {"name", "value", "target", "is_met"}
+    return record
+
+
+def test_speed_measures_each_method_over_whole_eviction_cycles(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reference: by hand; S + W + (B - 1) / 2 tokens of context for ours, S + W where one token leaves at each step."""
+    speed = script("speed")
+    record = run(speed, tmp_path, capsys, "--rounds=2", "--prefill-rounds=1", "--threads=1")
+    figures = record["figures"]
+    contexts = {name: found["context"] for name, found in figures["decode"].items()}
+    assert contexts == {
+        "DynamicCache, context 64": 64.5,
+        "SinkCache, window 60": 4 + 60 + 63 / 2,
+        "stream(), window 60": 4 + 60 + 63 / 2,
+        "reference scheme, window 60": 4 + 60,
+        "SinkCache, window 124": 4 + 124 + 63 / 2,
+        "reference scheme, window 124": 4 + 124,
+    }
+    assert [found["tokens"] for found in figures["decode"].values()] == [128, 128, 128, 4, 128, 4]
+    assert all(len(found["ms_per_token"]["rounds"]) == 2 for found in figures["decode"].values())
+    assert [len(found["rounds"]) for found in figures["prefill_tokens_per_s"].values()] == [1, 1]
+    targets = [target["target"] for target in figures["targets"]]
+    assert targets == ["<= 1 x", "<= 0.6 x", "<= 0.35 x", ">= 0.8 x"]
+
+
+def test_the_reference_scheme_gives_the_logits_of_a_sink_cache_with_block_1(script: Any) -> None:
+    """Reference: SinkCache with the paper's schedule; so what is compared in speed computes the same."""
+    speed, raw_cache = script("speed"), script("raw_cache")
+    plain, hooked = speed.make_models(speed.QUICK, "sdpa")
+    ids = speed.make_ids(speed.QUICK, 60)
+    raw, ours = raw_cache.RawCache(plain.model, 4, 20), SinkCache(hooked, 4, 20, block=1)
+    with torch.no_grad():
+        plain(ids[:, :24], past_key_values=raw)
+        hooked(ids[:, :24], past_key_values=ours)
+        for i in range(24, 60):
+            token = ids[:, i : i + 1]
+            raw.make_room(1)
+            positions = torch.tensor([[raw.get_seq_length()]])
+            theirs = plain(token, past_key_values=raw, position_ids=positions).logits
+            torch.testing.assert_close(hooked(token, past_key_values=ours).logits, theirs, rtol=1e-4, atol=1e-5)
+            assert raw.get_seq_length() == ours.tokens_cached == 24
+
+
+def test_the_two_models_of_the_speed_benchmark_share_their_weights(script: Any) -> None:
+    """Reference: the addresses of the weights."""
+    speed = script("speed")
+    plain, hooked = speed.make_models(speed.QUICK, "eager")
+    addresses = [[weight.data_ptr() for weight in model.parameters()] for model in (plain, hooked)]
+    assert addresses[0] == addresses[1]
+    assert plain.lm_head.weight.data_ptr() == hooked.model.embed_tokens.weight.data_ptr()
+    assert hooked.config._attn_implementation == "eager"
+
+
+def test_endless_measures_around_its_marks(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reference: the marks of a trial; a cache that is full at both."""
+    record = run(script("endless"), tmp_path, capsys, "--threads=1")
+    marks = record["figures"]["marks"]
+    assert [mark["tokens"] for mark in marks] == [400, 912]
+    assert marks[0]["cache_bytes"] == marks[1]["cache_bytes"] > 0
+    assert all(mark["rss_bytes"] > marks[0]["cache_bytes"] for mark in marks)
+    assert len(record["figures"]["ratios"]) == 6
+
+
+def test_endless_compares_at_100_000_however_long_it_goes_on(script: Any) -> None:
+    """Reference: by hand."""
+    make_setting = script("endless").make_setting
+    marks = (2_000, 10_000, 50_000, 100_000)
+    assert make_setting(None, 1, is_quick=False).marks == marks
+    long = make_setting(1_000_000, 1, is_quick=False)
+    assert long.marks == (*marks, 200_000, 500_000, 1_000_000)
+    assert long.compared == 100_000
+    assert make_setting(101_000, 1, is_quick=False).marks == (2_000, 10_000, 50_000, 101_000)
+    with pytest.raises(ValueError, match="--tokens must be at least 4000"):
+        make_setting(3_999, 1, is_quick=False)
+
+
+def test_startup_times_help_and_the_first_token(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reference: help loads neither torch nor transformers."""
+    record = run(script("startup"), tmp_path, capsys)
+    assert record["figures"]["loaded_by_help"] == []
+    assert len(record["figures"]["seconds"]) == 3
+
+
+def test_pipe_feeds_a_text_and_watches_the_memory(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reference: the bytes asked for, and the tokens of that text."""
+    pipe = script("pipe")
+    record = run(pipe, tmp_path, capsys, "--every=0.1", "--threads=1")
+    figures = record["figures"]
+    assert 20_000 <= figures["bytes_written"] < 20_100
+    from tokenizers_for_tests import stories
+
+    text = b"".join(pipe.cut(pipe.made_up_stories(), 20_000)).decode()
+    assert figures["tokens_read"] == len(stories()(text)["input_ids"])
+    assert figures["samples"][-1]["rss_bytes"] <= figures["rss_peak_bytes"]
+    assert record["machine"]["threads"] == 1
+
+
+def test_a_repeated_file_is_cut_to_size(script: Any, tmp_path: Path) -> None:
+    """Reference: the file written three times."""
+    pipe = script("pipe")
+    file = tmp_path / "text"
+    file.write_text("one\ntwo ü\n", encoding="utf-8")
+    batches = list(pipe.cut(pipe.repeat_file(file), 33, batch=10))
+    assert b"".join(batches) == file.read_bytes() * 3
+    assert max(map(len, batches)) < 20
+
+
+def test_pipe_says_why_the_command_failed(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the sentence of streamllm itself."""
+    monkeypatch.setenv("STREAMLLM_BLOCK", "0")
+    with pytest.raises(RuntimeError, match="block must be a number of at least 1"):
+        script("pipe").measure(iter([b"text"]), 0.1)
+
+
+def test_a_record_is_written_wholly_or_not_at_all(script: Any, tmp_path: Path) -> None:
+    """Reference: the record that stood there before."""
+    module = script("record")
+    good = module.Record("x", "python x", "now", "abc", {}, "model", "float32", {"value": 1})
+    bad = module.Record("x", "python x", "now", "abc", {}, "model", "float32", {"value": object()})
+    path = tmp_path / "new" / "x.json"
+    good.save(path)
+    with pytest.raises(TypeError):
+        bad.save(path)
+    assert json.loads(path.read_text()) == good.to_dict()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_only_a_full_run_writes_to_docs(script: Any, tmp_path: Path) -> None:
+    """Reference: by hand."""
+    module = script("record")
+    assert module.target_path("speed", None, quick=False) == FOLDER.parent / "docs" / "results" / "speed.json"
+    assert module.target_path("speed", None, quick=True) is None
+    assert module.target_path("speed", tmp_path, quick=True) == tmp_path
+
+
+@pytest.mark.parametrize(("changes", "shown"), [("", "0123456789ab"), (" M code.py", "0123456789ab-dirty")])
+def test_the_commit_says_when_files_differ_from_it(
+    script: Any, monkeypatch: pytest.MonkeyPatch, changes: str, shown: str
+) -> None:
+    """Reference: a git that is told what to say; it is not asked about results, which the run before has written."""
+    module = script("record")
+
+    def git(*arguments: str) -> str:
+        if arguments[0] == "rev-parse":
+            return "0123456789ab"
+        assert arguments[-1] == ":(exclude)docs/results"
+        return changes
+
+    monkeypatch.setattr(module, "_git", git)
+    assert module.find_commit() == shown
+
+
+def test_the_commit_is_unknown_outside_a_repository(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: an empty folder."""
+    module = script("record")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert module.find_commit() == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "at_least", "is_met", "shown"),
+    [
+        (1.0, 1.0, False, True, "<= 1 x"),
+        (1.01, 1.0, False, False, "<= 1 x"),
+        (0.8, 0.8, True, True, ">= 0.8 x"),
+        (0.7, 0.8, True, False, ">= 0.8 x"),
+    ],
+)
+def test_a_target_is_met_up_to_its_limit(
+    script: Any, value: float, limit: float, at_least: bool, is_met: bool, shown: str
+) -> None:
+    """Reference: by hand."""
+    target = script("target").Target("x", value, limit, at_least)
+    assert target.to_dict() == {"name": "x", "value": value, "target": shown, "is_met": is_met}
