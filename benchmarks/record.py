@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
+
+BUSY = 0.5
+"""Load, in the minute before, from which on times are worth little."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,10 @@ class Record:
 
 def begin_record(name: str, argv: Sequence[str], model: str, dtype: str) -> Record:
     """Return a record without figures; call it before measuring, when the machine is as the measurement finds it."""
-    began = datetime.now(UTC).isoformat(timespec="seconds")
-    return Record(name, show_command(name, argv), began, find_commit(), describe_machine(), model, dtype, {})
+    began, machine = datetime.now(UTC).isoformat(timespec="seconds"), describe_machine()
+    if (machine["load_before"] or 0) > BUSY:
+        print(f"Others use this machine (load {machine['load_before']}): the times will be noisy.", file=sys.stderr)
+    return Record(name, show_command(name, argv), began, find_commit(), machine, model, dtype, {})
 
 
 def target_path(name: str, out: Path | None, *, quick: bool) -> Path | None:

@@ -520,13 +520,22 @@ def test_the_wrong_number_of_rows_is_refused_with_the_remedy(model: PreTrainedMo
         model(ids[:, :3].repeat(2, 1), past_key_values=SinkCache(model, S, W, B))
 
 
-def test_rows_of_different_age_need_a_window_that_covers_the_models_own(ids: Tensor) -> None:
-    """Reference: none; a layer with a longer window of its own would see less than it would alone."""
-    model = FAMILIES["gemma2"].make(trained=48)  # its own window is 6
+def test_a_window_smaller_than_the_models_own_serves_rows_of_different_age(ids: Tensor) -> None:
+    """Reference: each row alone. The model's own window of 6 then reaches further back than the cache's."""
+    model = FAMILIES["gemma2"].make(trained=48)
     cache = SinkCache(model, 1, 2, B, batch_size=2)
-    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    with pytest.raises(CacheError, match="window of at least 5"):
-        model(ids[:, :3].repeat(2, 1), attention_mask=mask, past_key_values=cache)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids[:, :26]], dim=1)
+    mask = torch.tensor([[0] * 4 + [1] * 26, [1] * 30])
+    with torch.no_grad():
+        got = model(torch.cat([padded, ids[:, :30]]), attention_mask=mask, past_key_values=cache).logits
+    assert torch.allclose(got[0, 4:], read(model, SinkCache(model, 1, 2, B), ids[:, :26]), atol=1e-5)
+    assert torch.allclose(got[1], read(model, SinkCache(model, 1, 2, B), ids[:, :30]), atol=1e-5)
+
+
+def test_a_forward_of_nothing_but_padding_is_refused(model: PreTrainedModel, ids: Tensor) -> None:
+    """Reference: none."""
+    with pytest.raises(CacheError, match="at least one token"):
+        model(ids[:, :3], attention_mask=torch.zeros(1, 3), past_key_values=SinkCache(model, S, W, B))
 
 
 def test_a_thing_that_is_no_model_is_refused() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+from transformers.masking_utils import create_masks_for_generate
 
 from streamllm.capacity import check_capacity, fit_config
 from streamllm.config import PREFILL_CHUNK, CacheConfig
@@ -334,13 +335,17 @@ class SinkCache(Gated):
         limits = [most]
         if valid is None:
             limits.append(self.room)
+            held = [main.capacity(row) - main.room(row) for row in main.rows]
         else:
-            counts = valid.cumsum(1).tolist()
+            counts, reads = valid.cumsum(1).tolist(), valid[:, -1].tolist()
             limits += [sum(n <= main.room(row) for n in count) for row, count in zip(main.rows, counts, strict=True)]
-        limits.append(main.slots - max(main.capacity(row) - main.room(row) for row in main.rows))
+            held = [
+                main.capacity(row) - main.room(row) if read else main.cached(row)
+                for row, read in zip(main.rows, reads, strict=True)
+            ]
+        limits.append(main.slots - max(held))
         for ledger in self._sliding.values():
-            held = max(min(ledger.cached(row), ledger.window - 1) for row in ledger.rows)
-            limits.append(ledger.slots - held)
+            limits.append(ledger.slots - max(min(ledger.cached(row), ledger.window - 1) for row in ledger.rows))
         return min(limits)
 
     def _crosses(self, valid: Tensor | None) -> bool:
@@ -354,12 +359,14 @@ class SinkCache(Gated):
             and self._main.cached(self.rows[0]) >= self.rows[0].pinned
         )
 
-    def enter(self, decoder: PreTrainedModel, tokens: Tensor, valid: Tensor | None, *, are_ids: bool) -> dict[str, Any]:
+    def enter(
+        self, decoder: PreTrainedModel, tokens: Tensor, valid: Tensor | None, reads: list[bool], *, are_ids: bool
+    ) -> dict[str, Any]:
         """Begin a forward; see ``Gated``."""
         self._check(tokens, valid, are_ids=are_ids)
         main = self._main
         # 1. evictions that are due
-        due = [index for index, row in enumerate(main.rows) if main.is_full(row)]
+        due = [index for index, row in enumerate(main.rows) if main.is_full(row) and reads[index]]
         if due and self._rereads:
             self._reread(decoder, due, tokens.device)
         elif due:
@@ -383,7 +390,7 @@ class SinkCache(Gated):
         # 3. what the model needs to know
         self._is_open = True
         self._is_fragile = chunk.crossings > 0 or chunk.is_padded or self.spec.count("linear") > 0
-        return {"position_ids": positions, "attention_mask": self._mask(chunk, decoder.dtype, tokens.device)}
+        return {"position_ids": positions, "attention_mask": self._mask(chunk, decoder, tokens.device)}
 
     def leave(self) -> None:
         """End the forward; see ``Gated``."""
@@ -406,19 +413,10 @@ class SinkCache(Gated):
             )
         if self._rereads and not are_ids:
             raise CacheError("A cache that re-reads needs input_ids; inputs_embeds alone cannot be read again.")
-        if valid is None and self._main.is_uniform:
-            return
-        if self.spec.count("linear"):
+        if self.spec.count("linear") and not (valid is None and self._main.is_uniform):
             raise CacheError(
                 f"Rows of different age cannot be read together by {self.spec.model_type!r}: the state of its "
                 "recurrent layers would take in the padding. Give each row a cache of its own."
-            )
-        least = min(row.pinned for row in self.rows) + self._main.window
-        widest = max(self._sliding, default=0)
-        if widest > least:
-            raise CacheError(
-                f"Rows of different age need a window of at least {widest - least + self._main.window} tokens here, "
-                f"not {self._main.window}: layers of this model see {widest} tokens back by themselves."
             )
 
     def _idle(self) -> None:
@@ -457,17 +455,17 @@ class SinkCache(Gated):
             head = main.head(main.rows[index])
             del kept[index][head : head + block]
         seen, columns = [row.seen for row in main.rows], self._columns
-        self._is_fragile = True
-        for ledger in self._ledgers:
-            ledger.reset()
-        self._ids = [[] for _ in kept]
         longest = max(len(ids) for ids in kept)
         padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in kept], device=device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in kept], device=device)
-        self._is_fragile = False
         try:
-            with torch.no_grad():
-                decoder(input_ids=padded, attention_mask=mask, past_key_values=self, use_cache=True)
+            for ledger in self._ledgers:
+                ledger.reset()
+            super().reset()  # type: ignore[no-untyped-call]
+            self._ids = [[] for _ in kept]
+            if longest:
+                with torch.no_grad():
+                    decoder(input_ids=padded, attention_mask=mask, past_key_values=self, use_cache=True)
         except BaseException:
             self._is_fragile = True
             raise
@@ -475,13 +473,22 @@ class SinkCache(Gated):
             row.seen = before
         self._columns = columns
 
-    def _mask(self, chunk: Chunk, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    def _mask(self, chunk: Chunk, decoder: PreTrainedModel, device: torch.device) -> Any:
         """The attention mask: none for rows of one age, 2-D for rows of different age, 4-D across evictions."""
+        main = self._main
         if chunk.crossings:
-            return crossing_mask(self._main, chunk).to(device=device, dtype=dtype)
-        if self._main.is_uniform and not chunk.is_padded:
+            return crossing_mask(main, chunk).to(device=device, dtype=decoder.dtype)
+        if main.is_uniform and not chunk.is_padded:
             return None
-        return padding_mask(self._main, chunk, self._offset).to(device)
+        if not self._sliding:
+            return padding_mask(main, chunk, self._offset).to(device)
+        # Layers with a window of their own may hold more of a row than the others do: each kind gets its own mask.
+        shape = torch.empty((len(main.rows), chunk.columns, 0), dtype=decoder.dtype, device=device)
+        masks = {}
+        for ledger, kind in ((main, "full_attention"), (next(iter(self._sliding.values())), "sliding_attention")):
+            padding = padding_mask(ledger, chunk, self._offset).to(device)
+            masks[kind] = create_masks_for_generate(decoder.config, shape, padding, self)[kind]
+        return masks
 
     @property
     def _offset(self) -> int:

@@ -38,13 +38,19 @@ class Gated(Cache, ABC):
 
     @abstractmethod
     def columns(self, valid: Tensor | None, most: int) -> int:
-        """How many of the next ``most`` columns one forward may read, >= 1. ``valid`` [B, T]: which hold tokens."""
+        """How many of the next ``most`` columns one forward may read, >= 1.
+
+        ``valid`` [B, most]: which hold tokens; ``None``: all.
+        """
 
     @abstractmethod
-    def enter(self, decoder: PreTrainedModel, tokens: Tensor, valid: Tensor | None, *, are_ids: bool) -> dict[str, Any]:
+    def enter(
+        self, decoder: PreTrainedModel, tokens: Tensor, valid: Tensor | None, reads: list[bool], *, are_ids: bool
+    ) -> dict[str, Any]:
         """Begin a forward over ``tokens`` (ids [B, T] or embeddings [B, T, hidden]).
 
-        Returns the ``position_ids`` and the ``attention_mask`` that it needs.
+        ``reads``: which rows read anything in this call, of which the forward may be a part. Returns the
+        ``position_ids`` and the ``attention_mask`` that the forward needs.
         """
 
     @abstractmethod
@@ -81,6 +87,9 @@ def _before(
     total = tokens.shape[1]
     valid = _valid(inputs.get("attention_mask"), tokens)
 
+    reads = [True] * len(tokens) if valid is None else valid[:, -1].tolist()
+    if not any(reads):
+        raise CacheError("A forward with a SinkCache needs at least one token that is no padding.")
     if inputs.get("output_attentions") and total > cache.room:
         raise _too_long("Attentions", total, cache)
 
@@ -101,7 +110,7 @@ def _before(
     # 4. the last part is the forward that was asked for
     are_ids = piece.get("input_ids") is not None
     tokens = piece["input_ids"] if are_ids else piece["inputs_embeds"]
-    supplied = cache.enter(decoder, tokens, piece["attention_mask"], are_ids=are_ids)
+    supplied = cache.enter(decoder, tokens, piece["attention_mask"], reads, are_ids=are_ids)
     cache._parts = tuple(parts)
     piece.update(supplied)
     return (), {name: value for name, value in piece.items() if name in parameters or name not in supplied}

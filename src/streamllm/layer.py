@@ -150,11 +150,14 @@ class SinkLayer(CacheLayerMixin):
 
     def _capture(self, which: int, rows: slice, head: Tensor) -> None:
         """Keep the pinned head as it was first stored; it is always rotated from this copy."""
-        if self.heads is None:
-            most = max(row.pinned for row in self.ledger.rows)
+        most = max(row.pinned for row in self.ledger.rows)
+        if self.heads is None or self.heads[0].shape[2] < most:
+            before = self.heads
             with torch.inference_mode(False):
                 keys, values = (t.new_zeros((*t.shape[:2], most, t.shape[-1])) for t in self._tensors())
             self.heads = (keys, values)
+            for new, old in zip(self.heads, before or (), strict=False):
+                new[:, :, : old.shape[2]] = old
         self.heads[which][rows, :, : head.shape[2]] = head
 
     def _head_at(self, which: int, rows: slice, head: int, frame: int) -> Tensor:
