@@ -23,8 +23,10 @@ slow: $(READY)  ## the long tests that CI leaves out
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)  ## speed and memory; writes docs/results/
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/endless.py --threads 1
+	$(BIN)/python benchmarks/pipe.py --threads 1
 	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/endless.py
 
 docs: $(READY)  ## tables that are made from the tests
 	$(BIN)/python -m pytest -q tests/test_laws.py --families-table docs/families.md

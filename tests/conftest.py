@@ -108,8 +108,8 @@ class FamiliesTable:
                 "*positions*, *residual* and *layers* are what the probe found: how the model knows positions, how "
                 "far its keys are from what that predicts, and its layers (`sink`: pinned head and window; `sliding`: "
                 "the model's own window; `linear`: a state of constant size; `shared`: uses another layer's keys). "
-                "*difference* is the largest one from the literal implementation in float64 (law 2; for re-reading families "
-                "one that reads the kept tokens again), for logits of scale 1 to 3. Angles are float32 inside "
+                "*difference* is the largest one from the literal implementation in float64 (law 2; for re-reading "
+                "families one that reads the kept tokens again), for logits of scale 1 to 3. Angles are float32 inside "
                 "transformers, which is why it is about 1e-6 and not 1e-15.",
                 "",
                 "| family | positions | residual | layers | laws passed | how it streams | difference |",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from families import FAMILIES, VOCAB
+from families import FAMILIES, REFUSED_OR_EXTRA, VOCAB
 from reference import literal_logits
 from streamllm import layer as layer_module
 from streamllm.cache import SinkCache
@@ -371,7 +375,7 @@ def test_pinning_what_has_gone_or_cannot_fit_is_refused(model: PreTrainedModel, 
     read(model, cache, ids[:, :40])
     with pytest.raises(CacheError, match="Cannot pin 10 tokens"):
         cache.pin(10)
-    with pytest.raises(ConfigError, match="pinned head of 100"):
+    with pytest.raises(ConfigError, match="100 pinned tokens"):
         SinkCache(model, S, W, B).pin(100)
     with pytest.raises(ConfigError, match="at least 0"):
         SinkCache(model, S, W, B).pin(-1)
@@ -417,34 +421,85 @@ def test_unread_ids_are_forgotten_when_something_else_is_read(model: PreTrainedM
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_an_interrupt_in_any_layer_or_step_loses_nothing(
-    family: str, ids: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reference: the uninterrupted stream. An exception is thrown from every place where a layer works."""
-    model = FAMILIES[family].make(trained=20, layers=3)
+def test_an_interrupt_inside_a_forward_loses_nothing(family: str, ids: Tensor) -> None:
+    """Reference: the uninterrupted stream. The model is cut off in each of its layers, over and over."""
+    model = FAMILIES[family].make(trained=24, layers=3)
     want = read(model, SinkCache(model, S, W, B), ids[:, :60])
-    for name in ("update", "_apply"):
-        cache = SinkCache(model, S, W, B)
-        calls = itertools.count()
-        real = getattr(layer_module.SinkLayer, name)
+    cache, calls = SinkCache(model, S, W, B), itertools.count()
 
-        def interrupted(self, *args, real=real, calls=calls, **kwargs):
-            # Every 5th call is cut off before it does anything; the others go through.
-            if next(calls) % 5 == 4:
-                raise KeyboardInterrupt
-            return real(self, *args, **kwargs)
+    def cut(module, args):
+        if next(calls) % 5 == 4:
+            raise KeyboardInterrupt
 
-        monkeypatch.setattr(layer_module.SinkLayer, name, interrupted)
-        got, cuts, i = [], 0, 0
-        while i < 60:
+    handles = [
+        module.register_forward_pre_hook(cut)
+        for name, module in model.named_modules()
+        if name.endswith("input_layernorm")
+    ]
+    got, cuts = [], 0
+    try:
+        while len(got) < 60:
             try:
-                got.append(read(model, cache, ids[:, i : i + 1]))
-                i += 1
+                got.append(read(model, cache, ids[:, len(got) : len(got) + 1]))
             except KeyboardInterrupt:
                 cuts += 1
-        monkeypatch.setattr(layer_module.SinkLayer, name, real)
-        assert cuts > 5
-        assert torch.equal(torch.cat(got), want)
+                assert cache.get_seq_length() == len(got)  # or generate() would read tokens twice
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert cuts > 20
+    assert torch.equal(torch.cat(got), want)
+
+
+@pytest.mark.parametrize(("family", "seen"), [("llama", 15), ("llama", 23), ("gemma2", 15), ("gpt2", 15), ("lfm2", 14)])
+def test_an_interrupt_at_any_line_of_the_cache_is_harmless_or_owned_up_to(family: str, seen: int, ids: Tensor) -> None:
+    """Reference: the uninterrupted forward, here one with an eviction, a rebase or a recurrent state.
+
+    ``sys.settrace`` throws at the 1st, 2nd, ... line that runs in the cache's own files, until none is left.
+    """
+    model = {**FAMILIES, **REFUSED_OR_EXTRA}[family].make(trained=20)
+    before = SinkCache(model, S, W, B)
+    read(model, before, ids[:, :seen])
+    want = read(model, before.fork(), ids[:, seen : seen + 1])
+    files = tuple(f"streamllm{os.sep}{name}.py" for name in ("cache", "layer", "ledger", "gate", "mask"))
+    outcomes = {"right": 0, "owned up to": 0}
+    for stop in itertools.count(1):
+        cache, lines = before.fork(), itertools.count(1)
+        try:
+            with throwing(files, lambda lines=lines, stop=stop: next(lines) == stop):
+                read(model, cache, ids[:, seen : seen + 1])
+            break
+        except KeyboardInterrupt:
+            pass
+        try:
+            cache.fork()  # like every use, refuses a cache that is not whole
+            if cache.tokens_seen == seen:
+                assert torch.allclose(read(model, cache, ids[:, seen : seen + 1]), want, atol=1e-9), stop
+            assert cache.tokens_seen == cache.get_seq_length() == seen + 1
+            outcomes["right"] += 1
+        except CacheError:
+            cache.reset()
+            outcomes["owned up to"] += 1
+    assert min(outcomes.values()) > 10
+
+
+@contextlib.contextmanager
+def throwing(files: tuple[str, ...], when: Callable[[], bool]) -> Iterator[None]:
+    """Throw a KeyboardInterrupt at the line of one of ``files`` for which ``when`` says so."""
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.endswith(files):
+            return None
+        if event == "line" and when():
+            raise KeyboardInterrupt
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(outer)
 
 
 def test_an_interrupt_while_a_chunk_crosses_evictions_is_owned_up_to(
@@ -477,9 +532,9 @@ def test_a_window_beyond_the_trained_length_is_refused_in_words(model: PreTraine
         SinkCache(model, window=4096)
     with pytest.raises(ConfigError, match="use a window of at most 42, or a smaller block"):
         SinkCache(model, S, 45, B)
-    with pytest.raises(ConfigError, match="pinned head of 48"):
+    with pytest.raises(ConfigError, match="48 pinned tokens"):
         SinkCache(model, sinks=48, window=1, block=1)
-    with pytest.raises(ConfigError, match="leave no room for a window"):
+    with pytest.raises(ConfigError, match=r"4 pinned tokens .* and a block of 64"):
         SinkCache(model, sinks=4, block=64)
     with pytest.raises(ConfigError, match="batch_size"):
         SinkCache(model, batch_size=0)

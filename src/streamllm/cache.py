@@ -1,9 +1,8 @@
 """The sink cache: a transformers ``Cache`` that keeps the head of a stream and a window, and drops the middle.
 
 To the model it is an ordinary causal cache of at most ``capacity`` tokens at positions counted inside it; to
-``generate()`` it has seen every token of the stream. Which is which is decided by whether a forward is going on (the
-gate announces them). Algorithm: paper section 3.2, with eviction in blocks: between two evictions the cache is plain,
-so feeding many tokens at once equals feeding them one at a time.
+``generate()`` it has seen every token of the stream. Algorithm: paper section 3.2, with eviction in blocks: between
+two evictions the cache is plain, so feeding many tokens at once equals feeding them one at a time.
 """
 
 from __future__ import annotations
@@ -87,8 +86,7 @@ class SinkCache(Gated):
         self._columns = 0  # columns read so far, padding included: what generate() counts
         self._ids: list[list[int]] = [[] for _ in rows]  # the cached tokens, kept only for re-reading
         self._new_ids: list[list[int]] = []  # the ids of the forward that is going on, likewise
-        self._is_open = False  # a forward is going on
-        self._is_fragile = False  # an interrupt now would leave the layers at odds
+        self._is_fragile = False  # the cache is being rewritten: an interrupt now leaves the layers at odds
         self._unread: tuple[int, list[int]] = (0, [])
 
     def _layer(self, layer: LayerSpec) -> Any:
@@ -207,6 +205,7 @@ class SinkCache(Gated):
             raise ConfigError(f"pin needs a number of tokens of at least 0, you gave {n}.")
         check_capacity(n, self.config, self.spec)
         before = self._main.slots
+        self._is_fragile = True
         for index in indices:
             self._pinned[index] = n
             self.rows[index].pinned = n
@@ -214,6 +213,7 @@ class SinkCache(Gated):
             for layer in self.layers:
                 if isinstance(layer, SinkLayer) and layer.ledger is self._main:
                     layer.grow()
+        self._is_fragile = False
 
     def evict(self, n: int, row: int | None = None) -> None:
         """Let the ``n`` oldest unpinned tokens of ``row`` (``None``: of every row) go, e.g. at a turn's border.
@@ -224,30 +224,40 @@ class SinkCache(Gated):
         self._idle()
         if self._rereads:
             raise CacheError("A cache that re-reads evicts by itself; evict() works where keys can be moved.")
-        for index in range(len(self.rows)) if row is None else (row,):
+        indices = range(len(self.rows)) if row is None else (row,)
+        for index in indices:
             known = self.rows[index]
             unpinned = self._main.cached(known) - self._main.head(known)
             if not 0 <= n <= unpinned:
                 raise CacheError(f"Cannot evict {n} tokens: {unpinned} are cached besides the pinned head.")
-            if n:
-                self._evict(index if len(self.rows) > 1 else None, n)
-        self._settle()
+        if n:
+            self._is_fragile = True
+            for index in indices:
+                self._evict(index, n)
+            self._carry_out()
+            self._is_fragile = False
 
     def reset(self, row: int | None = None) -> None:
-        """Forget everything (``row``: of that row); what is allocated and what is pinned stay."""
-        self._is_open = self._is_fragile = False
+        """Forget everything (``row``: of that row); what is allocated and what is pinned stay.
+
+        Raises:
+            CacheError: one row of a model with recurrent layers, whose state is not kept by rows.
+        """
+        if row is not None:
+            self._idle()
+            if self.spec.count("linear"):
+                raise CacheError("A model with recurrent layers cannot reset single rows; reset them all.")
+        self._is_fragile = True
         self._parts = ()
         for ledger in self._ledgers:
-            ledger.chunk = None
             ledger.reset(row)
         for index in range(len(self.rows)) if row is None else (row,):
             self._ids[index] = []
         if row is None:
             self._columns = 0
             super().reset()  # type: ignore[no-untyped-call]
-        elif self.spec.count("linear"):
-            raise CacheError("A model with recurrent layers cannot reset single rows; reset them all.")
         self._unread = (0, [])
+        self._is_fragile = False
 
     def fork(self) -> SinkCache:
         """Return an independent copy: both go on from here, bit for bit alike."""
@@ -369,7 +379,8 @@ class SinkCache(Gated):
         due = [index for index, row in enumerate(main.rows) if main.is_full(row) and reads[index]]
         if due and self._rereads:
             self._reread(decoder, due, tokens.device)
-        elif due:
+        self._is_fragile = True
+        if due and not self._rereads:
             for index in [None] if main.is_uniform else due:
                 self._evict(index, self.config.block)
         # 2. where the new tokens go
@@ -384,11 +395,10 @@ class SinkCache(Gated):
                 ledger.drop_stale(columns)
             for ledger in self._ledgers:
                 ledger.open(chunk)
-        self._settle()
+        self._carry_out()
         if self._rereads:
             self._new_ids = [new[columns - count :] for new, count in zip(tokens.tolist(), counts, strict=True)]
-        # 3. what the model needs to know
-        self._is_open = True
+        # 3. what the model needs to know; a plain chunk only writes where nothing is yet, so it may be cut short
         self._is_fragile = chunk.crossings > 0 or chunk.is_padded or self.spec.count("linear") > 0
         return {"position_ids": positions, "attention_mask": self._mask(chunk, decoder, tokens.device)}
 
@@ -396,12 +406,13 @@ class SinkCache(Gated):
         """End the forward; see ``Gated``."""
         chunk = self._main.chunk
         assert chunk is not None
+        self._is_fragile = True
         for ledger in self._ledgers:
             ledger.close()
         for ids, new in zip(self._ids, self._new_ids, strict=False):
             ids.extend(new)
         self._columns += chunk.columns
-        self._is_open = self._is_fragile = False
+        self._is_fragile = False
 
     def _check(self, tokens: Tensor, valid: Tensor | None, *, are_ids: bool) -> None:
         """Refuse a forward that could not be answered rightly."""
@@ -420,26 +431,21 @@ class SinkCache(Gated):
             )
 
     def _idle(self) -> None:
-        """Finish steps that an interrupt cut short; refuse if they cannot be finished."""
+        """Refuse to go on with a cache that an interrupt left half-rewritten."""
         if self._is_fragile:
             raise CacheError(
-                "A forward was interrupted while it was rewriting this cache, so its contents are not whole: "
-                "call reset() and read again, or go on from a saved state."
+                "This cache was interrupted while it was being rewritten, so its contents are not whole: call reset() "
+                "and read again, or go on from a saved stream."
             )
-        self._settle()
 
-    def _settle(self) -> None:
-        """Let every layer carry out the steps that the ledgers have decided; resumes after an interrupt."""
-        if not any(ledger.steps for ledger in self._ledgers):
-            return
-        for layer in self.layers:
-            if isinstance(layer, SinkLayer):
-                layer.catch_up()
-        for ledger in self._ledgers:
-            ledger.steps.clear()
-        for layer in self.layers:
-            if isinstance(layer, SinkLayer):
-                layer.done = 0
+    def _carry_out(self) -> None:
+        """Let every layer carry out the steps that the ledgers have decided."""
+        if any(ledger.steps for ledger in self._ledgers):
+            for layer in self.layers:
+                if isinstance(layer, SinkLayer):
+                    layer.carry_out(layer.ledger.steps)
+            for ledger in self._ledgers:
+                ledger.steps.clear()
 
     def _evict(self, index: int | None, count: int) -> None:
         """Let ``count`` tokens of row ``index`` (``None``: of all, uniform rows) go; positions may restart."""
@@ -466,19 +472,22 @@ class SinkCache(Gated):
             if longest:
                 with torch.no_grad():
                     decoder(input_ids=padded, attention_mask=mask, past_key_values=self, use_cache=True)
+            for row, before in zip(main.rows, seen, strict=True):
+                row.seen = before
+            self._columns = columns
         except BaseException:
             self._is_fragile = True
             raise
-        for row, before in zip(main.rows, seen, strict=True):
-            row.seen = before
-        self._columns = columns
 
     def _mask(self, chunk: Chunk, decoder: PreTrainedModel, device: torch.device) -> Any:
-        """The attention mask: none for rows of one age, 2-D for rows of different age, 4-D across evictions."""
+        """The attention mask: 4-D across evictions, 2-D for rows of different age, none for rows of one age.
+
+        ALiBi models always get a 2-D one: they count the keys, which are fewer than the tokens seen, by it.
+        """
         main = self._main
         if chunk.crossings:
             return crossing_mask(main, chunk).to(device=device, dtype=decoder.dtype)
-        if main.is_uniform and not chunk.is_padded:
+        if main.is_uniform and not chunk.is_padded and self.spec.positions != "alibi":
             return None
         if not self._sliding:
             return padding_mask(main, chunk, self._offset).to(device)
@@ -498,8 +507,8 @@ class SinkCache(Gated):
     # ---- what transformers asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far (``generate()`` cuts its inputs by it); during a forward, tokens held."""
-        return self._offset if self._is_open else self._columns
+        """Tokens seen so far, padding included: ``generate()`` cuts its inputs by it."""
+        return self._columns
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Index of the first new token among the columns that ``get_mask_sizes`` describes."""

@@ -20,13 +20,8 @@ def fit_config(config: CacheConfig, spec: ModelSpec) -> CacheConfig:
         )
     config = config.replace(reread=spec.reread if config.reread is None else config.reread)
     if config.window is None:
-        window = min(DEFAULT_WINDOW, limit // 2 - config.sinks, limit - config.sinks - config.block + 1)
-        if window < 1 and config.sinks < limit:
-            raise ConfigError(
-                f"{config.sinks} sinks and a block of {config.block} leave no room for a window: this model was "
-                f"trained on {limit} positions; use fewer sinks, or block={max(1, limit // 8)}."
-            )
-        config = config.replace(window=max(1, window))
+        half, rest = limit // 2 - config.sinks, limit - config.sinks - config.block + 1
+        config = config.replace(window=max(1, min(DEFAULT_WINDOW, half if half > 0 else rest, rest)))
     check_capacity(config.sinks, config, spec)
     return config
 
@@ -39,15 +34,18 @@ def check_capacity(pinned: int, config: CacheConfig, spec: ModelSpec) -> None:
     """
     assert config.window is not None
     limit, capacity = spec.limit, pinned + config.window + config.block - 1
-    if config.window > limit or pinned >= limit:
-        name, value = ("window", config.window) if config.window > limit else ("pinned head", pinned)
+    promise = f"StreamingLLM does not lengthen the context: this model was trained on {limit} positions, you asked for"
+    if config.window > limit:
         raise ConfigError(
-            f"StreamingLLM does not lengthen the context: this model was trained on {limit} positions, you asked for "
-            f"a {name} of {value}; use at most {max(1, limit - pinned - config.block + 1)}."
+            f"{promise} a window of {config.window}; use at most {max(1, limit - pinned - config.block + 1)}."
+        )
+    if pinned + config.block > limit:
+        raise ConfigError(
+            f"{promise} {pinned} pinned tokens (sinks or a longer head) and a block of {config.block}; keep their sum "
+            f"well below, so that a window fits beside them."
         )
     if capacity > limit:
         raise ConfigError(
-            f"{pinned} pinned + window {config.window} + block {config.block} - 1 = {capacity} tokens, but this model "
-            f"was trained on {limit} positions and StreamingLLM does not lengthen the context; use a window of at "
-            f"most {max(1, limit - pinned - config.block + 1)}, or a smaller block."
+            f"{promise} {pinned} pinned + window {config.window} + block {config.block} - 1 = {capacity} tokens; use a "
+            f"window of at most {limit - pinned - config.block + 1}, or a smaller block."
         )

@@ -6,6 +6,7 @@ columns in use, ``D`` head size; storage is [B, H, slots, D]. Keys arrive after 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ class SinkLayer(CacheLayerMixin):
         self.ledger = ledger
         self.rotations = rotations
         self.is_sliding = is_sliding
-        self.done = 0  # how many of the ledger's steps were carried out here
         self.heads: tuple[Tensor, Tensor] | None = None  # pinned heads as first stored, [B, H, P, D] each
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -99,12 +99,11 @@ class SinkLayer(CacheLayerMixin):
         return full
 
     @torch.no_grad()
-    def catch_up(self) -> None:
-        """Carry out the steps of the ledger that are still open here; nothing to do before the first token."""
-        while self.done < len(self.ledger.steps):
-            if self.is_initialized:
-                self._apply(self.ledger.steps[self.done])
-            self.done += 1
+    def carry_out(self, steps: Iterable[Step]) -> None:
+        """Carry out steps of the ledger; nothing to do before the first token."""
+        if self.is_initialized:
+            for step in steps:
+                self._apply(step)
 
     def _apply(self, step: Step) -> None:
         for which, (stored, rotation) in enumerate(zip(self._tensors(), self.rotations, strict=True)):
