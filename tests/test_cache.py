@@ -132,15 +132,15 @@ def test_left_padded_prompts_in_generate_equal_each_prompt_alone(model: PreTrain
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_padding_that_all_rows_share_is_left_out_as_well(model: PreTrainedModel, ids: Tensor, rows: int) -> None:
-    """Reference: the same tokens without padding, in two turns."""
-    want = read(model, SinkCache(model, S, W, B), ids[:, :14])
+    """Reference: the same tokens without padding, in turns; the third finds the cache full."""
+    want = read(model, SinkCache(model, S, W, B), ids[:, :35])
     cache = SinkCache(model, S, W, B, batch_size=rows)
     got = []
     with torch.no_grad():
-        for part in ids[:, :14].split(7, dim=1):
-            padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), part], dim=1).repeat(rows, 1)
-            mask = torch.tensor([[0] * 5 + [1] * 7] * rows)
-            got.append(model(padded, attention_mask=mask, past_key_values=cache).logits[-1, 5:])
+        for part in ids[:, :35].split(5, dim=1):
+            padded = torch.cat([torch.zeros(1, 25, dtype=torch.long), part], dim=1).repeat(rows, 1)
+            mask = torch.tensor([[0] * 25 + [1] * 5] * rows)
+            got.append(model(padded, attention_mask=mask, past_key_values=cache).logits[-1, 25:])
     assert torch.allclose(torch.cat(got), want, atol=1e-9)
 
 
@@ -591,6 +591,8 @@ def test_a_forward_of_nothing_but_padding_is_refused(model: PreTrainedModel, ids
     """Reference: none."""
     with pytest.raises(CacheError, match="at least one token"):
         model(ids[:, :3], attention_mask=torch.zeros(1, 3), past_key_values=SinkCache(model, S, W, B))
+    with pytest.raises(CacheError, match="at least one token"):
+        model(ids[:, :0], past_key_values=SinkCache(model, S, W, B))
 
 
 def test_a_thing_that_is_no_model_is_refused() -> None:

@@ -29,7 +29,7 @@ from families import FAMILIES, REFUSED_OR_EXTRA, VOCAB, Family
 from reference import dense_logits, literal_logits, reread_logits
 from streamllm import cache as cache_module
 from streamllm.cache import SinkCache
-from streamllm.errors import CacheError, UnsupportedModelError
+from streamllm.errors import CacheError, ConfigError, UnsupportedModelError
 from streamllm.layer import SinkLayer
 from streamllm.ledger import Ledger
 from streamllm.rope import Rotation
@@ -97,9 +97,9 @@ def read(model: PreTrainedModel, cache: Any, ids: Tensor, sizes: Iterable[int] =
     raise AssertionError("no sizes")
 
 
-def read_rows(model: PreTrainedModel, cache: SinkCache, new: Sequence[Tensor]) -> list[Tensor]:
-    """Logits [T_r, V] of the new tokens [T_r] of each row, read together as a left-padded batch."""
-    width = max(len(ids) for ids in new)
+def read_rows(model: PreTrainedModel, cache: SinkCache, new: Sequence[Tensor], spare: int = 0) -> list[Tensor]:
+    """Logits [T_r, V] of the new tokens [T_r] of each row, read together, left-padded to the longest and ``spare``."""
+    width = max(len(ids) for ids in new) + spare
     ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in new])
     mask = torch.stack([torch.arange(width) >= width - len(row) for row in new]).long()
     with torch.no_grad():
@@ -206,6 +206,27 @@ def test_random_splits_of_random_caches_give_the_logits_of_one_token_at_a_time(
     check_close(read(model, SinkCache(model, *shape), ids, sizes), read(model, SinkCache(model, *shape), ids))
 
 
+@pytest.mark.law(1)
+@each(["llama", "gemma3", "bloom", "opt"])
+@pytest.mark.parametrize("point", [5, CAPACITY, 17])
+def test_a_head_that_shrinks_gives_the_same_logits_in_any_chunks_or_is_refused(family: Family, point: int) -> None:
+    """Reference: the same cache, read one token at a time; while nothing is lost, the literal one with fewer sinks."""
+    model, ids = make(family), make_ids(40)
+    caches = [SinkCache(model, S, W, B) for _ in range(2)]
+    for cache in caches:
+        read(model, cache, ids[:point])
+        try:
+            cache.pin(1)
+        except (CacheError, ConfigError):
+            return
+    single, chunked = (
+        read(model, cache, ids[point:], sizes) for cache, sizes in zip(caches, [(1,), (9, 2)], strict=True)
+    )
+    check_close(chunked, single)
+    if point < 1 + W + B - 1:
+        check_close(single, expected(family, 40, 1, W, B)[point:])
+
+
 # ---- law 2: the literal implementation
 
 
@@ -303,12 +324,12 @@ class Rows:
         self.batch.evict(count, row=row)
         self.alone[row].evict(count)
 
-    def turn(self, counts: Sequence[int]) -> None:
+    def turn(self, counts: Sequence[int], spare: int = 0) -> None:
         new = [
             torch.cat([torch.empty(0, dtype=torch.long), *itertools.islice(ids, n)])
             for ids, n in zip(self.ids, counts, strict=True)
         ]
-        together = read_rows(self.model, self.batch, new)
+        together = read_rows(self.model, self.batch, new, spare)
         for logits, cache, ids in zip(together, self.alone, new, strict=True):
             if len(ids):
                 check_close(logits, read(self.model, cache, ids), self.dtype)
@@ -384,14 +405,24 @@ def test_a_row_that_keeps_only_its_head_equals_the_same_stream_alone(family: Fam
 
 
 @pytest.mark.law(5)
-@each(["llama", "bloom"])
-def test_nothing_leaves_a_full_row_while_only_other_rows_read(family: Family) -> None:
+@each(["llama", "gemma3", "bloom"])
+@pytest.mark.parametrize("ages", [(CAPACITY, 4, 5), (CAPACITY,) * 3], ids=["different", "equal"])
+def test_nothing_leaves_a_full_row_while_only_other_rows_read(family: Family, ages: tuple[int, int, int]) -> None:
     """Reference: the row in a cache of its own, on which the same is done."""
     rows = Rows(make(family), torch.float64)
-    rows.turn((CAPACITY, 4, 5))
+    rows.turn(ages)
     rows.turn((0, 3, 1))
     rows.evict(1, row=0)
     rows.turn((1, 1, 1))
+
+
+@pytest.mark.law(5)
+@each(["llama", "gemma3", "bloom", "opt"])
+def test_padding_that_all_rows_share_changes_nothing(family: Family) -> None:
+    """Reference: each row in a cache of its own, without padding, one token at a time."""
+    rows = Rows(make(family), torch.float64)
+    for counts, spare in [((3, 5, 2), CAPACITY + 5), ((1, 1, 1), 1), ((8, 1, 20), 3), ((1, 1, 1), CAPACITY + 5)]:
+        rows.turn(counts, spare)
 
 
 @pytest.mark.law(5)

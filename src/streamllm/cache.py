@@ -190,12 +190,15 @@ class SinkCache(Gated):
 
         Raises:
             ConfigError: the cache would be longer than the model was trained for.
-            CacheError: an eviction has taken some of the first ``n`` tokens already.
+            CacheError: an eviction has taken some of the first ``n`` tokens already, or more than ``n`` are pinned and
+                read.
         """
         self._idle()
         indices = range(len(self.rows)) if row is None else (row,)
         for index in indices:
             known = self.rows[index]
+            if n < known.pinned and known.seen:
+                raise CacheError(f"{known.pinned} tokens are pinned and read already; reset() before pinning fewer.")
             if n > known.pinned and known.seen > self._main.cached(known):
                 raise CacheError(
                     f"Cannot pin {n} tokens: an eviction has left only the first {known.pinned} in the cache; "
@@ -347,7 +350,7 @@ class SinkCache(Gated):
             limits.append(self.room)
             held = [main.capacity(row) - main.room(row) for row in main.rows]
         else:
-            counts, reads = valid.cumsum(1).tolist(), valid[:, -1].tolist()
+            counts, reads = valid.cumsum(1).tolist(), self._reads or valid[:, -1].tolist()
             limits += [sum(n <= main.room(row) for n in count) for row, count in zip(main.rows, counts, strict=True)]
             held = [
                 main.capacity(row) - main.room(row) if read else main.cached(row)
@@ -381,7 +384,7 @@ class SinkCache(Gated):
             self._reread(decoder, due, tokens.device)
         self._is_fragile = True
         if due and not self._rereads:
-            for index in [None] if main.is_uniform else due:
+            for index in [None] if main.is_uniform and len(due) == len(main.rows) else due:
                 self._evict(index, self.config.block)
         # 2. where the new tokens go
         columns = tokens.shape[1]

@@ -30,6 +30,8 @@ class Gated(Cache, ABC):
 
     # Hidden states of the parts already read of the forward that is going on.
     _parts: tuple[Tensor, ...] = ()
+    # Which rows read anything in the call that is being cut into parts; None outside of one.
+    _reads: list[bool] | None = None
 
     @property
     @abstractmethod
@@ -85,10 +87,9 @@ def _before(
     if not isinstance(tokens, Tensor):
         raise CacheError("A forward with a SinkCache needs input_ids or inputs_embeds.")
     total = tokens.shape[1]
-    valid = _valid(inputs.get("attention_mask"), tokens)
-
-    reads = [True] * len(tokens) if valid is None else valid[:, -1].tolist()
-    if not any(reads):
+    valid = _valid(inputs.get("attention_mask"), tokens) if total else None
+    reads = cache._reads or ([True] * len(tokens) if valid is None else valid[:, -1].tolist())
+    if not total or not any(reads):
         raise CacheError("A forward with a SinkCache needs at least one token that is no padding.")
     if inputs.get("output_attentions") and total > cache.room:
         raise _too_long("Attentions", total, cache)
@@ -104,7 +105,11 @@ def _before(
             break
         if inputs.get("output_hidden_states"):
             raise _too_long("Hidden states", total, cache)
-        parts.append(decoder(**piece)[0])
+        cache._reads = reads
+        try:
+            parts.append(decoder(**piece)[0])
+        finally:
+            cache._reads = None
         first += width
 
     # 4. the last part is the forward that was asked for
