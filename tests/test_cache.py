@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import itertools
 import os
+import pickle
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -523,6 +527,118 @@ def test_an_interrupt_while_a_chunk_crosses_evictions_is_owned_up_to(
     assert torch.equal(read(model, cache, ids, 20), read(model, SinkCache(model, S, W, B), ids, 20))
 
 
+# ---- the model's life
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_works_with_and_without_a_cache(
+    duplicate: Callable, model: PreTrainedModel, ids: Tensor
+) -> None:
+    """Reference: the model that was copied."""
+    want = read(model, SinkCache(model, S, W, B), ids)
+    other = duplicate(model)
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, model(ids).logits)
+    assert torch.equal(read(other, SinkCache(other, S, W, B), ids), want)
+    assert len(other.get_decoder()._forward_pre_hooks) == len(model.get_decoder()._forward_pre_hooks)
+
+
+def test_a_cache_is_refused_by_another_model(ids: Tensor) -> None:
+    """Reference: none; the rotations would be another model's. Same weights, other frequencies."""
+    first = FAMILIES["llama"].make(trained=48)
+    config = copy.deepcopy(first.config)
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 500_000.0}
+    second = LlamaForCausalLM(config).double().eval()
+    second.load_state_dict(first.state_dict())
+    cache = SinkCache(first, S, W, B)
+    SinkCache(second, S, W, B)
+    with pytest.raises(CacheError, match="made for another model"):
+        read(second, cache, ids[:, :3])
+
+
+def test_a_forward_that_stores_nothing_is_refused(ids: Tensor) -> None:
+    """Reference: none; transformers drops the cache when gradient checkpointing is on in training mode."""
+    model = copy.deepcopy(FAMILIES["llama"].make(trained=48))
+    cache = SinkCache(model, S, W, B)
+    model.activation_checkpointing_enable()
+    model.train()
+    with pytest.raises(CacheError, match="gradient checkpointing"):
+        model(ids[:, :6], past_key_values=cache)
+
+
+def test_a_model_is_freed_when_nobody_holds_it(ids: Tensor) -> None:
+    """Reference: a weak reference; neither the gate nor the probe's memory may keep a model alive."""
+    model = copy.deepcopy(FAMILIES["llama"].make(trained=48))
+    cache = SinkCache(model, S, W, B)
+    read(model, cache, ids[:, :20])
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert cache.tokens_seen == 20
+
+
+def test_generate_goes_on_with_padded_turns_of_different_length(model: PreTrainedModel, ids: Tensor) -> None:
+    """Reference: each row alone, in two turns."""
+    tokenless = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}
+    firsts, seconds = [ids[0, :9], ids[0, 20:24]], [ids[0, 40:42], ids[0, 50:59]]
+
+    def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        longest = max(len(row) for row in rows)
+        tokens = torch.stack([torch.cat([torch.zeros(longest - len(row), dtype=torch.long), row]) for row in rows])
+        return tokens, torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
+
+    cache = SinkCache(model, S, W, B, batch_size=2)
+    tokens, mask = pad(firsts)
+    out = model.generate(tokens, attention_mask=mask, past_key_values=cache, **tokenless)
+    mask = torch.cat([mask, torch.ones(2, 12, dtype=torch.long)], dim=1)
+    more, more_mask = pad(seconds)
+    tokens, mask = torch.cat([out, more], dim=1), torch.cat([mask, more_mask], dim=1)
+    got = model.generate(tokens, attention_mask=mask, past_key_values=cache, **tokenless)[:, tokens.shape[1] :]
+    for row in range(2):
+        alone = SinkCache(model, S, W, B)
+        answer = torch.tensor([greedy(model, alone, firsts[row][None], 12)])
+        # greedy() reads its last token, generate() leaves it for the second turn
+        assert torch.equal(out[row, -12:], answer[0])
+        assert got[row].tolist() == greedy(model, alone, seconds[row][None], 12)
+
+
+def test_a_row_that_does_not_exist_is_refused_before_anything_changes(model: PreTrainedModel, ids: Tensor) -> None:
+    """Reference: none; the cache goes on afterwards."""
+    cache = SinkCache(model, S, W, B, batch_size=2)
+    read(model, cache, ids[:, :5].repeat(2, 1))
+    for row in (-1, 2):
+        for act in (cache.reset, lambda row: cache.evict(1, row), lambda row: cache.pin(5, row)):
+            with pytest.raises(ConfigError, match="no row"):
+                act(row)
+    read(model, cache, ids[:, 5:6].repeat(2, 1))
+
+
+def test_pinning_more_and_less_between_streams(model: PreTrainedModel, ids: Tensor) -> None:
+    """Reference: a new cache with as many sinks."""
+    cache = SinkCache(model, S, W, B)
+    cache.pin(10)
+    read(model, cache, ids[:, :40])
+    with pytest.raises(CacheError, match="before pinning fewer"):
+        cache.pin(2)
+    cache.reset()
+    cache.pin(2)
+    cache.pin(5)
+    assert torch.equal(read(model, cache, ids), read(model, SinkCache(model, 5, W, B), ids))
+
+
+def test_half_precision_refuses_to_turn_keys_too_often() -> None:
+    """Reference: measured on the embedded model: 508 turns in a key's life give garbage, 32 do no harm."""
+    model = copy.deepcopy(FAMILIES["llama"].make(trained=256)).to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"rotated back 252 times .* use a window of at most") as caught:
+        SinkCache(model, 4, 252, 1)
+    most = int(str(caught.value).split("window of at most ")[1].split(",")[0])
+    SinkCache(model, 4, most, 1)
+    with pytest.raises(ConfigError, match="rotated back"):
+        SinkCache(model, 4, most + 1, 1)
+    SinkCache(FAMILIES["llama"].make(trained=256), 4, 252, 1)
+
+
 # ---- settings
 
 
@@ -604,7 +720,7 @@ def test_a_thing_that_is_no_model_is_refused() -> None:
 def test_an_all_sliding_model_bounds_the_cache_by_its_own_window() -> None:
     """Reference: algorithm, section 3: beyond it the model's own mask would hide the sinks."""
     model = FAMILIES["mistral-sliding"].make()
-    with pytest.raises(ConfigError, match="trained on 32 positions"):
+    with pytest.raises(ConfigError, match="sees only 32 tokens back"):
         SinkCache(model, window=100)
     assert SinkCache(model, 4, 20, 8).capacity <= 32
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamllm.ledger import Chunk, Evict, Ledger, Move, Rotate, Row
+from streamllm.ledger import Evict, Ledger, Move, Rotate, Row, Span
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Columns:
                         columns[target : target + length] = columns[source : source + length]
         self.ledger.steps.clear()
 
-    def append(self, tokens: list[list[int]], chunk: Chunk) -> None:
+    def append(self, tokens: list[list[int]], chunk: Span) -> None:
         positions = [self.ledger.position(row) for row in self.ledger.rows]
         self.ledger.open(chunk)
         self.apply()
@@ -118,7 +118,7 @@ def test_any_schedule_of_ragged_chunks_keeps_what_the_naive_streams_keep_at_cont
                 continue
             new = [[token + i for i in range(count)] for count in counts]
             token += width
-            columns.append(new, Chunk(width, tuple(counts)))
+            columns.append(new, Span(width, tuple(counts)))
             for stream, tokens in zip(naive, new, strict=True):
                 for one in tokens:
                     stream.read(one)
@@ -149,16 +149,16 @@ def test_chunks_that_cross_evictions_count_as_the_same_tokens_one_at_a_time(
         width = min(wanted, crossing.max_columns(40)) if whole_head else min(wanted, crossing.room(row))
         if crossing.is_full(row):
             crossing.evict(None, block)
-        chunk = Chunk(width, (width,), crossing.crossings(width))
+        chunk = Span(width, (width,), crossing.crossings(width))
         if chunk.crossings:
-            crossing.chunk = chunk
+            crossing.span = chunk
         else:
             crossing.open(chunk)
         crossing.close()
         for _ in range(width):
             if single.is_full(single.rows[0]):
                 single.evict(None, block)
-            single.open(Chunk(1, (1,)))
+            single.open(Span(1, (1,)))
             single.close()
         a, b = crossing.rows[0], single.rows[0]
         assert (a.seen, crossing.cached(a), a.frame) == (b.seen, single.cached(b), b.frame)
@@ -169,7 +169,7 @@ def test_the_room_of_a_full_row_is_what_its_eviction_will_free() -> None:
     """Counted by hand: 2 + 3 + 4 - 1 = 8 tokens fill the row, and 4 leave."""
     ledger = Ledger(3, 4, 100, 0, [Row(2)])
     assert (ledger.slots, ledger.room(ledger.rows[0])) == (8, 8)
-    ledger.open(Chunk(8, (8,)))
+    ledger.open(Span(8, (8,)))
     ledger.close()
     assert ledger.is_full(ledger.rows[0])
     assert ledger.room(ledger.rows[0]) == 4
@@ -182,7 +182,7 @@ def test_the_room_of_a_full_row_is_what_its_eviction_will_free() -> None:
 def test_positions_restart_when_the_next_block_would_pass_the_limit(limit: int, expected: int) -> None:
     """Counted by hand: after the eviction positions run from 8 to 11, if 12 positions are allowed."""
     ledger = Ledger(3, 4, limit, 0, [Row(2)])
-    ledger.open(Chunk(8, (8,)))
+    ledger.open(Span(8, (8,)))
     ledger.close()
     assert ledger.position(ledger.rows[0]) == expected
     ledger.evict(None, 4)
@@ -193,7 +193,7 @@ def test_positions_restart_when_the_next_block_would_pass_the_limit(limit: int, 
 def test_a_layer_with_its_own_window_drops_only_what_no_later_token_can_see() -> None:
     """Counted by hand: of 7 tokens, with a window of 4, the newest 3 can still be seen by the next token."""
     ledger = Ledger(4, 4, 100, 0, [Row(0)])
-    ledger.open(Chunk(7, (7,)))
+    ledger.open(Span(7, (7,)))
     ledger.close()
     ledger.drop_stale(1)
     assert ledger.cached(ledger.rows[0]) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -143,6 +144,37 @@ def test_a_stream_that_was_broken_off_goes_on_as_if_never_broken(model, tokenize
         assert [(c.id, c.text) for c in got] == [(c.id, c.text) for c in want]
 
 
+class Scripted(Sampler):
+    """Draws what a script says, and records it like any other sampler."""
+
+    def __init__(self, script: list[int]) -> None:
+        super().__init__(SamplingConfig(repetition_window=3))
+        self.left = list(script)
+
+    def __call__(self, logits: torch.Tensor) -> int:
+        self.recent.append(self.left.pop(0))
+        return self.recent[-1]
+
+
+@pytest.mark.parametrize("stop_after", range(1, 13))
+def test_breaking_off_in_the_middle_of_a_character_changes_nothing(model, tokenizer, stop_after: int, tmp_path) -> None:
+    """Reference: the text of the whole script, and its last three ids; four ids make one of its characters."""
+    script = tokenizer("hello 🙂🙂 you", add_special_tokens=False).input_ids
+    cache, sampler, decoder = SinkCache(model, **SIZES), Scripted(script), Decoder(tokenizer)
+    text, prompt = "", [tokenizer.bos_token_id]
+    for n in (stop_after, len(script) - stop_after):
+        options = {"cache": cache, "sampling": sampler, "decoder": decoder, "on_end": "ban", "max_tokens": None}
+        sampler.banned = tuple(end_ids(model, tokenizer))
+        chunks = stream(model, tokenizer, prompt, **options)
+        text += "".join(next(chunks).text for _ in range(n))
+        chunks.close()
+        save_state(tmp_path / "e.stream", cache, decoder=decoder)
+        saved = load_state(tmp_path / "e.stream", model, tokenizer)
+        cache, decoder, prompt = saved.cache, saved.decoder, None
+    assert text == "hello 🙂🙂 you"
+    assert list(sampler.recent) == script[-3:]
+
+
 def test_a_second_prompt_is_read_after_the_token_that_was_left_unread(model, tokenizer) -> None:
     """Reference: by hand, with the last token of the first answer in front of the second prompt."""
     cache = SinkCache(model, **SIZES)
@@ -222,6 +254,27 @@ def test_sizes_and_a_cache_together_are_refused(model, tokenizer) -> None:
         stream(model, tokenizer, PROMPT, cache=SinkCache(model), window=20)
     with pytest.raises(ConfigError, match="one row"):
         stream(model, tokenizer, PROMPT, cache=SinkCache(model, batch_size=2))
+
+
+def test_ids_may_come_as_tensor_or_array(model, tokenizer) -> None:
+    """Reference: the list of ids."""
+    ids = tokenizer(PROMPT).input_ids
+    want = ids_of(stream(model, tokenizer, ids, sampling=GREEDY, max_tokens=5))
+    for prompt in (torch.tensor(ids), torch.tensor([ids]), np.array(ids), tuple(np.array(ids))):
+        assert ids_of(stream(model, tokenizer, prompt, sampling=GREEDY, max_tokens=5)) == want
+
+
+@pytest.mark.parametrize("prompt", [b"Once", [[1, 403], [2]], [1.5], iter([3])])
+def test_a_prompt_of_another_kind_is_one_sentence(model, tokenizer, prompt) -> None:
+    """Reference: none."""
+    with pytest.raises(InputError, match="prompt"):
+        next(stream(model, tokenizer, prompt))
+
+
+def test_banning_with_a_sampler_that_does_not_ban_is_refused(model, tokenizer) -> None:
+    """Reference: none; it would draw what the caller said it never draws."""
+    with pytest.raises(ConfigError, match="banned="):
+        stream(model, tokenizer, PROMPT, sampling=Sampler(SamplingConfig()), on_end="ban")
 
 
 def test_an_empty_prompt_or_a_strange_id_is_one_sentence(model, tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -146,6 +147,37 @@ def test_a_file_with_a_strange_header_is_refused(
     rewrite(path, change)
     with pytest.raises(StateError, match=message):
         load_state(path, model)
+
+
+@pytest.mark.parametrize("missing", ["1.keys", "0.head_values"])
+def test_a_file_that_lacks_a_tensor_is_refused(
+    model: PreTrainedModel, ids: Tensor, tmp_path: Path, missing: str
+) -> None:
+    """Reference: the whole file, which loads."""
+    path = tmp_path / "l.stream"
+    cache = SinkCache(model, S, W, B)
+    read(model, cache, ids[:, :20])
+    save_state(path, cache)
+    load_state(path, model)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != missing}  # noqa: SIM118
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(StateError, match="damaged"):
+        load_state(path, model)
+
+
+def test_a_file_is_refused_when_the_models_weights_have_changed_since(ids: Tensor, tmp_path: Path) -> None:
+    """Reference: the unchanged model, which loads it."""
+    model = copy.deepcopy(FAMILIES["llama"].make(trained=24))
+    cache = SinkCache(model, S, W, B)
+    read(model, cache, ids[:, :20])
+    save_state(tmp_path / "w.stream", cache)
+    load_state(tmp_path / "w.stream", model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(1)
+    with pytest.raises(StateError, match="other weights"):
+        load_state(tmp_path / "w.stream", model)
 
 
 def test_missing_and_foreign_files_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:

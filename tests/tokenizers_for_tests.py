@@ -57,7 +57,7 @@ def byte_level(kind: str = "gpt2") -> PreTrainedTokenizerBase:
 
 @functools.cache
 def metaspace(kind: str = "first") -> PreTrainedTokenizerBase:
-    """BPE over whole texts with byte fallback, as sentencepiece makes it; space in front "first", "always" or "legacy"."""
+    """BPE over whole texts with byte fallback, as sentencepiece makes it; ``kind``: where a space is put in front."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     if kind == "legacy":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

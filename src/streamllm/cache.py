@@ -19,11 +19,11 @@ from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 from transformers.masking_utils import create_masks_for_generate
 
 from streamllm.capacity import check_capacity, fit_config
-from streamllm.config import PREFILL_CHUNK, CacheConfig
+from streamllm.config import PREFILL_CHUNK, CacheConfig, check_count
 from streamllm.errors import CacheError, ConfigError
-from streamllm.gate import Gated, attach
-from streamllm.layer import SinkLayer
-from streamllm.ledger import Chunk, Ledger, Row
+from streamllm.gate import Gated, attach, fingerprint_of
+from streamllm.layer import RecurrentLayer, SinkLayer
+from streamllm.ledger import Ledger, Row, Span
 from streamllm.mask import crossing_mask, next_positions, padding_mask
 from streamllm.spec import LayerSpec, ModelSpec, inspect_model
 
@@ -63,20 +63,18 @@ class SinkCache(Gated):
             self.spec = model_or_spec
         else:
             self.spec = inspect_model(model_or_spec)
-            attach(model_or_spec)
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, you gave {batch_size}.")
+            attach(model_or_spec, self.spec.fingerprint)
+        check_count("batch_size", batch_size, 1)
         self.config = fit_config(CacheConfig(sinks, window, block, reread), self.spec)
-        self._pinned = [self.config.sinks] * batch_size
-        self._build()
+        self._build(batch_size)
         super().__init__(layers=[self._layer(layer) for layer in self.spec.layers])
 
-    def _build(self) -> None:
+    def _build(self, batch_size: int) -> None:
         """Fresh ledgers: one for the layers with sinks, one for each window that the model brings along itself."""
         window, block = self.config.window, self.config.block
         assert window is not None
-        slack = block if len(self._pinned) > 1 else 0
-        rows = [Row(pinned) for pinned in self._pinned]
+        slack = block if batch_size > 1 else 0
+        rows = [Row(self.config.sinks) for _ in range(batch_size)]
         self._main = Ledger(window, block, self.spec.limit, slack, rows)
         self._sliding = {
             layer.window: Ledger(layer.window, block, self.spec.limit, slack, [Row(0) for _ in rows])
@@ -91,7 +89,7 @@ class SinkCache(Gated):
 
     def _layer(self, layer: LayerSpec) -> Any:
         if layer.kind == "linear":
-            return LinearAttentionLayer(number_of_states=layer.states)
+            return RecurrentLayer(number_of_states=layer.states)
         if layer.kind == "shared":
             return DummyLayer()
         is_sliding = layer.kind == "sliding"
@@ -194,7 +192,8 @@ class SinkCache(Gated):
                 read.
         """
         self._idle()
-        indices = range(len(self.rows)) if row is None else (row,)
+        check_count("n", n, 0)
+        indices = self._indices(row)
         for index in indices:
             known = self.rows[index]
             if n < known.pinned and known.seen:
@@ -204,18 +203,13 @@ class SinkCache(Gated):
                     f"Cannot pin {n} tokens: an eviction has left only the first {known.pinned} in the cache; "
                     "pin before the window is full."
                 )
-        if n < 0:
-            raise ConfigError(f"pin needs a number of tokens of at least 0, you gave {n}.")
         check_capacity(n, self.config, self.spec)
-        before = self._main.slots
         self._is_fragile = True
         for index in indices:
-            self._pinned[index] = n
             self.rows[index].pinned = n
-        if self._main.slots > before:
-            for layer in self.layers:
-                if isinstance(layer, SinkLayer) and layer.ledger is self._main:
-                    layer.grow()
+        for layer in self.layers:
+            if isinstance(layer, SinkLayer):
+                layer.grow()
         self._is_fragile = False
 
     def evict(self, n: int, row: int | None = None) -> None:
@@ -227,7 +221,8 @@ class SinkCache(Gated):
         self._idle()
         if self._rereads:
             raise CacheError("A cache that re-reads evicts by itself; evict() works where keys can be moved.")
-        indices = range(len(self.rows)) if row is None else (row,)
+        check_count("n", n, 0)
+        indices = self._indices(row)
         for index in indices:
             known = self.rows[index]
             unpinned = self._main.cached(known) - self._main.head(known)
@@ -246,6 +241,7 @@ class SinkCache(Gated):
         Raises:
             CacheError: one row of a model with recurrent layers, whose state is not kept by rows.
         """
+        indices = self._indices(row)
         if row is not None:
             self._idle()
             if self.spec.count("linear"):
@@ -254,7 +250,7 @@ class SinkCache(Gated):
         self._parts = ()
         for ledger in self._ledgers:
             ledger.reset(row)
-        for index in range(len(self.rows)) if row is None else (row,):
+        for index in indices:
             self._ids[index] = []
         if row is None:
             self._columns = 0
@@ -268,6 +264,14 @@ class SinkCache(Gated):
         other = object.__new__(SinkCache)
         other.__dict__ = copy.deepcopy(self.__dict__, {id(self.spec): self.spec})
         return other
+
+    def _indices(self, row: int | None) -> Sequence[int]:
+        """The rows that ``row`` means."""
+        if row is None:
+            return range(len(self.rows))
+        if row not in range(len(self.rows)):
+            raise ConfigError(f"There is no row {row}: the rows of this cache run from 0 to {len(self.rows) - 1}.")
+        return (row,)
 
     # ---- as data
 
@@ -376,7 +380,7 @@ class SinkCache(Gated):
         self, decoder: PreTrainedModel, tokens: Tensor, valid: Tensor | None, reads: list[bool], *, are_ids: bool
     ) -> dict[str, Any]:
         """Begin a forward; see ``Gated``."""
-        self._check(tokens, valid, are_ids=are_ids)
+        self._check(decoder, tokens, valid, are_ids=are_ids)
         main = self._main
         # 1. evictions that are due
         due = [index for index, row in enumerate(main.rows) if main.is_full(row) and reads[index]]
@@ -389,37 +393,49 @@ class SinkCache(Gated):
         # 2. where the new tokens go
         columns = tokens.shape[1]
         counts = tuple([columns] * len(main.rows) if valid is None else valid.sum(1).tolist())
-        chunk = Chunk(columns, counts, main.crossings(columns) if self._crosses(valid) else 0)
-        positions = next_positions(main, chunk).to(tokens.device)
-        if chunk.crossings:
-            main.chunk = chunk
+        span = Span(columns, counts, main.crossings(columns) if self._crosses(valid) else 0)
+        positions = next_positions(main, span).to(tokens.device)
+        if span.crossings:
+            main.span = span
         else:
             for ledger in self._sliding.values():
                 ledger.drop_stale(columns)
             for ledger in self._ledgers:
-                ledger.open(chunk)
+                ledger.open(span)
         self._carry_out()
         if self._rereads:
             self._new_ids = [new[columns - count :] for new, count in zip(tokens.tolist(), counts, strict=True)]
-        # 3. what the model needs to know; a plain chunk only writes where nothing is yet, so it may be cut short
-        self._is_fragile = chunk.crossings > 0 or chunk.is_padded or self.spec.count("linear") > 0
-        return {"position_ids": positions, "attention_mask": self._mask(chunk, decoder, tokens.device)}
+        # 3. what the model needs to know; a plain span only writes where nothing is yet, so it may be cut short
+        self._is_fragile = span.crossings > 0 or span.is_padded or self.spec.count("linear") > 0
+        return {"position_ids": positions, "attention_mask": self._mask(span, decoder, tokens.device)}
 
     def leave(self) -> None:
         """End the forward; see ``Gated``."""
-        chunk = self._main.chunk
-        assert chunk is not None
+        span = self._main.span
+        assert span is not None
         self._is_fragile = True
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SinkLayer) and layer.last is not layer.ledger.span:
+                raise CacheError(
+                    f"Layer {index} stored nothing of this forward; gradient checkpointing in training mode drops the "
+                    "cache: call model.eval(), then reset() this cache and read again."
+                )
         for ledger in self._ledgers:
             ledger.close()
         for ids, new in zip(self._ids, self._new_ids, strict=False):
             ids.extend(new)
-        self._columns += chunk.columns
+        self._columns += span.columns
         self._is_fragile = False
 
-    def _check(self, tokens: Tensor, valid: Tensor | None, *, are_ids: bool) -> None:
+    def _check(self, decoder: PreTrainedModel, tokens: Tensor, valid: Tensor | None, *, are_ids: bool) -> None:
         """Refuse a forward that could not be answered rightly."""
         self._idle()
+        theirs = fingerprint_of(decoder)
+        if theirs is not None and theirs != self.spec.fingerprint:
+            raise CacheError(
+                f"This cache was made for another model (type {self.spec.model_type!r}, or other weights or dtype) "
+                f"than the one that reads now (type {theirs.model_type!r}): make it from this one, SinkCache(model)."
+            )
         if tokens.shape[0] != len(self.rows):
             raise CacheError(
                 f"This cache was made for batch_size={len(self.rows)}, the model was given {tokens.shape[0]} rows: "
@@ -482,23 +498,23 @@ class SinkCache(Gated):
             self._is_fragile = True
             raise
 
-    def _mask(self, chunk: Chunk, decoder: PreTrainedModel, device: torch.device) -> Any:
+    def _mask(self, span: Span, decoder: PreTrainedModel, device: torch.device) -> Any:
         """The attention mask: 4-D across evictions, 2-D for rows of different age, none for rows of one age.
 
         ALiBi models always get a 2-D one: they count the keys, which are fewer than the tokens seen, by it.
         """
         main = self._main
-        if chunk.crossings:
-            return crossing_mask(main, chunk).to(device=device, dtype=decoder.dtype)
-        if main.is_uniform and not chunk.is_padded and self.spec.positions != "alibi":
+        if span.crossings:
+            return crossing_mask(main, span).to(device=device, dtype=decoder.dtype)
+        if main.is_uniform and not span.is_padded and self.spec.positions != "alibi":
             return None
         if not self._sliding:
-            return padding_mask(main, chunk, self._offset).to(device)
+            return padding_mask(main, span, self._offset).to(device)
         # Layers with a window of their own may hold more of a row than the others do: each kind gets its own mask.
-        shape = torch.empty((len(main.rows), chunk.columns, 0), dtype=decoder.dtype, device=device)
+        shape = torch.empty((len(main.rows), span.columns, 0), dtype=decoder.dtype, device=device)
         masks = {}
         for ledger, kind in ((main, "full_attention"), (next(iter(self._sliding.values())), "sliding_attention")):
-            padding = padding_mask(ledger, chunk, self._offset).to(device)
+            padding = padding_mask(ledger, span, self._offset).to(device)
             masks[kind] = create_masks_for_generate(decoder.config, shape, padding, self)[kind]
         return masks
 
@@ -536,7 +552,6 @@ class SinkCache(Gated):
         for ledger in self._ledgers:
             ledger.rows = [copy.copy(ledger.rows[i]) for i in order]
         self._ids = [list(self._ids[i]) for i in order]
-        self._pinned = [self._pinned[i] for i in order]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: tokens that an eviction has let go cannot be brought back."""

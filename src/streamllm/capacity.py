@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamllm.config import DEFAULT_WINDOW, CacheConfig
+from streamllm.config import DEFAULT_WINDOW, MAX_TURNS, CacheConfig
 from streamllm.errors import ConfigError
 from streamllm.spec import ModelSpec
 
@@ -34,11 +34,11 @@ def check_capacity(pinned: int, config: CacheConfig, spec: ModelSpec) -> None:
     """
     assert config.window is not None
     limit, capacity = spec.limit, pinned + config.window + config.block - 1
-    promise = f"StreamingLLM does not lengthen the context: this model was trained on {limit} positions, you asked for"
+    promise = f"StreamingLLM does not lengthen the context: {_bound(spec)}, you asked for"
     if config.window > limit:
-        raise ConfigError(
-            f"{promise} a window of {config.window}; use at most {max(1, limit - pinned - config.block + 1)}."
-        )
+        most = limit - pinned - config.block + 1
+        advice = f"use at most {most}" if most > 0 else "choose a smaller window and a smaller block"
+        raise ConfigError(f"{promise} a window of {config.window}; {advice} (block {config.block}).")
     if pinned + config.block > limit:
         raise ConfigError(
             f"{promise} {pinned} pinned tokens (sinks or a longer head) and a block of {config.block}; keep their sum "
@@ -49,3 +49,32 @@ def check_capacity(pinned: int, config: CacheConfig, spec: ModelSpec) -> None:
             f"{promise} {pinned} pinned + window {config.window} + block {config.block} - 1 = {capacity} tokens; use a "
             f"window of at most {limit - pinned - config.block + 1}, or a smaller block."
         )
+    _check_turns(pinned, config.window, config.block, spec)
+
+
+def _check_turns(pinned: int, window: int, block: int, spec: ModelSpec) -> None:
+    """Refuse a cache that would turn half-precision keys so often that rounding eats them."""
+
+    def turns(window: int) -> int:
+        spare = spec.limit - (pinned + window + block - 1)
+        return window // ((spare // block + 1) * block)
+
+    if spec.positions != "rotary" or spec.fingerprint.dtype not in ("torch.bfloat16", "torch.float16"):
+        return
+    if turns(window) > MAX_TURNS:
+        good = next((w for w in range(window, 0, -1) if turns(w) <= MAX_TURNS), 1)
+        raise ConfigError(
+            f"In {spec.fingerprint.dtype.removeprefix('torch.')} a key would be rotated back {turns(window)} times "
+            f"while it is cached, and rounded each time (up to {MAX_TURNS} do no harm): positions restart too often, "
+            f"because the cache nearly fills the {spec.limit} positions; use a window of at most {good}, a larger "
+            "block, or float32."
+        )
+
+
+def _bound(spec: ModelSpec) -> str:
+    """What bounds the cache of this model."""
+    if spec.trained_length is None:
+        return f"this model does not say on how many positions it was trained, so at most {spec.limit} are used"
+    if spec.limit < spec.trained_length:
+        return f"every layer of this model sees only {spec.limit} tokens back"
+    return f"this model was trained on {spec.limit} positions"

@@ -22,6 +22,10 @@ DEFAULT_WINDOW = 1020
 UNKNOWN_TRAINED_LENGTH = 2048
 """Bound on positions, in tokens, for a model whose config names no trained length."""
 
+MAX_TURNS = 32
+"""Times that a key may be rotated back in half precision while it is cached. Measured on bf16: the logits of 32 turns
+are as far from exact ones as those of none, those of 500 are garbage, since small turns round to nothing each time."""
+
 PREFILL_CHUNK = 256
 """Tokens read in one forward while a prompt crosses evictions; 64, one block, would leave half the machine idle."""
 
@@ -65,10 +69,10 @@ class CacheConfig(_Shown):
     reread: bool | None = None
 
     def __post_init__(self) -> None:
-        _at_least("sinks", self.sinks, 0)
+        check_count("sinks", self.sinks, 0)
         if self.window is not None:
-            _at_least("window", self.window, 1)
-        _at_least("block", self.block, 1)
+            check_count("window", self.window, 1)
+        check_count("block", self.block, 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,7 +103,7 @@ class SamplingConfig(_Shown):
 
     def __post_init__(self) -> None:
         _at_least("temperature", self.temperature, 0)
-        _at_least("top_k", self.top_k, 0)
+        check_count("top_k", self.top_k, 0)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, you gave {self.top_p}; 1 keeps every token.")
         if not 0 <= self.min_p < 1:
@@ -108,9 +112,19 @@ class SamplingConfig(_Shown):
             raise ConfigError(
                 f"repetition_penalty must be above 0, you gave {self.repetition_penalty}; 1 turns it off."
             )
-        _at_least("repetition_window", self.repetition_window, 1)
+        check_count("repetition_window", self.repetition_window, 1)
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be between 0 and 2**63 - 1, you gave {self.seed}.")
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Refuse what is no whole number of at least ``least``.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, you gave {value!r}.")
 
 
 def _at_least(name: str, value: float, least: int) -> None:

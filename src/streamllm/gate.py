@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,9 +21,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from streamllm.errors import CacheError
+from streamllm.spec import Fingerprint
 
-# The decoders that have the hooks, with the names of their forward's parameters.
-_gated: WeakKeyDictionary[PreTrainedModel, tuple[str, ...]] = WeakKeyDictionary()
+# Which model stands behind a decoder that has the hooks, so that no cache is used on another one.
+_fingerprints: WeakKeyDictionary[PreTrainedModel, Fingerprint] = WeakKeyDictionary()
 
 
 class Gated(Cache, ABC):
@@ -60,13 +62,24 @@ class Gated(Cache, ABC):
         """End the forward: its tokens are in the cache now."""
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Let caches of this kind meet ``model``'s decoder; once is enough, more does nothing."""
+def attach(model: PreTrainedModel, fingerprint: Fingerprint) -> None:
+    """Let caches of this kind meet ``model``'s decoder; a copy of the model takes the hooks along."""
     decoder = model.get_decoder()
-    if decoder not in _gated:
+    if _before not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_before, with_kwargs=True)
         decoder.register_forward_hook(_after, with_kwargs=True)
-        _gated[decoder] = tuple(inspect.signature(decoder.forward).parameters)
+    _fingerprints[decoder] = fingerprint
+
+
+def fingerprint_of(decoder: PreTrainedModel) -> Fingerprint | None:
+    """The fingerprint that ``attach`` was given, if this very decoder was attached."""
+    return _fingerprints.get(decoder)
+
+
+@lru_cache
+def _parameters(decoder_type: Any) -> tuple[str, ...]:
+    """Names of the parameters of a decoder's forward, without self."""
+    return tuple(inspect.signature(decoder_type.forward).parameters)[1:]
 
 
 def _before(
@@ -74,48 +87,53 @@ def _before(
 ) -> tuple[tuple[Any, ...], Any] | None:
     """Pre-hook: evict, cut, supply positions and mask."""
     # 1. only forwards with a gated cache
-    parameters = _gated[decoder]
+    parameters = _parameters(decoder.__class__)  # type: ignore[arg-type]
     inputs = {**dict(zip(parameters, args, strict=False)), **kwargs} if args else dict(kwargs)
     cache = inputs.get("past_key_values")
     if not isinstance(cache, Gated):
         return None
     cache._parts = ()
 
-    # 2. which columns hold tokens
+    # 2. which columns hold tokens, and which rows read anything
     tokens = inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(tokens, Tensor):
         raise CacheError("A forward with a SinkCache needs input_ids or inputs_embeds.")
     total = tokens.shape[1]
     valid = _valid(inputs.get("attention_mask"), tokens) if total else None
+    is_outermost = cache._reads is None
     reads = cache._reads or ([True] * len(tokens) if valid is None else valid[:, -1].tolist())
     if not total or not any(reads):
         raise CacheError("A forward with a SinkCache needs at least one token that is no padding.")
-    if inputs.get("output_attentions") and total > cache.room:
-        raise _too_long("Attentions", total, cache)
+    asked = [name for name, value in inputs.items() if name.startswith("output_") and value is True]
+    if asked and total > cache.room:
+        raise CacheError(
+            f"{asked[0]} was asked for over {total} tokens, but an eviction falls between them, so the parts would not "
+            f"fit together; feed at most {cache.room} tokens now (cache.room)."
+        )
 
-    # 3. read all but the last part in forwards of their own (each comes back through this hook, and fits)
-    parts: list[Tensor] = []
-    first = 0
-    while True:
-        width = cache.columns(None if valid is None else valid[:, first:], total - first)
-        piece = _piece(inputs, total, first, first + width)
-        piece["attention_mask"] = None if valid is None else valid[:, first : first + width]
-        if first + width == total:
-            break
-        if inputs.get("output_hidden_states"):
-            raise _too_long("Hidden states", total, cache)
-        cache._reads = reads
-        try:
-            parts.append(decoder(**piece)[0])
-        finally:
+    cache._reads = reads
+    try:
+        # 3. read all but the last part in forwards of their own (each comes back through this hook, and fits)
+        parts: list[Tensor] = []
+        first = 0
+        for stop in _stops(valid, total):
+            while first < stop:
+                ahead = None if valid is None else valid[:, first:stop]
+                width = cache.columns(ahead, stop - first)
+                piece = _piece(inputs, total, first, first + width)
+                piece["attention_mask"] = None if ahead is None else ahead[:, :width]
+                first += width
+                if first < total:
+                    parts.append(decoder(**piece)[0])
+
+        # 4. the last part is the forward that was asked for
+        are_ids = piece.get("input_ids") is not None
+        tokens = piece["input_ids"] if are_ids else piece["inputs_embeds"]
+        supplied = cache.enter(decoder, tokens, piece["attention_mask"], reads, are_ids=are_ids)
+    finally:
+        if is_outermost:
             cache._reads = None
-        first += width
-
-    # 4. the last part is the forward that was asked for
-    are_ids = piece.get("input_ids") is not None
-    tokens = piece["input_ids"] if are_ids else piece["inputs_embeds"]
-    supplied = cache.enter(decoder, tokens, piece["attention_mask"], reads, are_ids=are_ids)
     cache._parts = tuple(parts)
     piece.update(supplied)
     return (), {name: value for name, value in piece.items() if name in parameters or name not in supplied}
@@ -149,16 +167,20 @@ def _valid(mask: Any, tokens: Tensor) -> Tensor | None:
     valid = mask[:, mask.shape[1] - tokens.shape[1] :].bool()
     if bool(valid.all()):
         return None
-    if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+    if bool((valid.any(1) & ~valid[:, -1]).any()):
         raise CacheError("A SinkCache reads left-padded batches only: set tokenizer.padding_side = 'left'.")
     return valid
 
 
-def _too_long(what: str, total: int, cache: Gated) -> CacheError:
-    return CacheError(
-        f"{what} of {total} tokens were asked for, but an eviction falls between them, so they would not fit together; "
-        f"feed at most {cache.room} tokens now (cache.room)."
-    )
+def _stops(valid: Tensor | None, total: int) -> list[int]:
+    """Where to cut so that in every part each row is padded on the left only; the end is the last stop.
+
+    The second turn of a batch in ``generate()`` begins with the last token of the first, and then come pads.
+    """
+    if valid is None:
+        return [total]
+    ends = (valid[:, :-1] & ~valid[:, 1:]).any(0).nonzero().flatten() + 1
+    return [*ends.tolist(), total]
 
 
 def _piece(inputs: dict[str, Any], total: int, first: int, stop: int) -> dict[str, Any]:

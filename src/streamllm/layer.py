@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from streamllm.errors import CacheError
-from streamllm.ledger import Evict, Ledger, Move, Rotate, Step
+from streamllm.ledger import Evict, Ledger, Move, Rotate, Span, Step
 from streamllm.rope import Rotation
 
 
@@ -30,6 +30,7 @@ class SinkLayer(CacheLayerMixin):
         self.ledger = ledger
         self.rotations = rotations
         self.is_sliding = is_sliding
+        self.last: Span | None = None  # what was stored last
         self.heads: tuple[Tensor, Tensor] | None = None  # pinned heads as first stored, [B, H, P, D] each
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -43,8 +44,8 @@ class SinkLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def grow(self) -> None:
-        """Allocate anew for more slots, keeping what is stored; only before the first eviction."""
-        if self.is_initialized:
+        """Allocate anew if the ledger has more slots now, keeping what is stored."""
+        if self.is_initialized and self._tensors()[0].shape[2] < self.ledger.slots:
             old = self._tensors()
             self.lazy_initialization(*old)
             for stored, before in zip(self._tensors(), old, strict=True):
@@ -53,47 +54,48 @@ class SinkLayer(CacheLayerMixin):
     @torch.no_grad()
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``key_states`` and ``value_states`` [B, H, T, D]; return all columns in use [B, H, N + T, D]."""
-        chunk = self.ledger.chunk
-        if chunk is None or chunk.columns != key_states.shape[-2]:
+        span = self.ledger.span
+        if span is None or span.columns != key_states.shape[-2]:
             raise CacheError(
                 "A SinkCache was used by a model that does not announce its forwards to it: make the cache with "
                 "SinkCache(model) from the very model that reads it."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if chunk.crossings:
+        self.last = span
+        if span.crossings:
             keys, values = (self._cross(i, new) for i, new in enumerate((key_states, value_states)))
             return keys, values
         low, end = self.ledger.low, self.ledger.end
         tensors = self._tensors()
         for stored, new in zip(tensors, (key_states, value_states), strict=True):
-            if chunk.is_padded:
+            if span.is_padded:
                 # Left of its new tokens a row's columns belong to its older tokens, so pads are not written.
-                for row, count in enumerate(chunk.counts):
-                    first = chunk.columns - count
-                    stored[row, :, end + first : end + chunk.columns] = new[row, :, first:]
+                for row, count in enumerate(span.counts):
+                    first = span.columns - count
+                    stored[row, :, end + first : end + span.columns] = new[row, :, first:]
             else:
-                stored[:, :, end : end + chunk.columns] = new
-        stop = end + chunk.columns
+                stored[:, :, end : end + span.columns] = new
+        stop = end + span.columns
         keys, values = tensors
         return keys[:, :, low:stop], values[:, :, low:stop]
 
     def _cross(self, which: int, new: Tensor) -> Tensor:
-        """Append a chunk that runs over evictions.
+        """Append a span that runs over evictions.
 
         Returns [B, H, E * P + N + T, D]: the pinned head as it will stand after the 1st .. E-th eviction, then the
         columns in use, then the new ones; the mask shows each new token what is there at its turn.
         """
         ledger, stored = self.ledger, self._tensors()[which]
-        chunk, row = ledger.chunk, ledger.rows[0]
-        assert chunk is not None
+        span, row = ledger.span, ledger.rows[0]
+        assert span is not None
         head, start, end = ledger.head(row), row.start, ledger.end
         if not row.captured:
             self._capture(which, slice(None), stored[:, :, start : start + head])
-        frames = [row.frame + ledger.block * turn for turn in range(1, chunk.crossings + 1)]
+        frames = [row.frame + ledger.block * turn for turn in range(1, span.crossings + 1)]
         variants = [self._head_at(which, slice(None), head, frame) for frame in frames]
         full = torch.cat([*variants, stored[:, :, start:end], new], dim=2)
-        kept = ledger.cached(row) + chunk.columns - ledger.block * chunk.crossings - head
+        kept = ledger.cached(row) + span.columns - ledger.block * span.crossings - head
         stored[:, :, :head] = variants[-1]
         stored[:, :, head : head + kept] = full[:, :, full.shape[2] - kept :]
         return full
@@ -132,10 +134,19 @@ class SinkLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what ``tensors`` gave, with keys and values cut to the columns in use."""
-        if not tensors:
-            return
+        """Take over what ``tensors`` gave, with keys and values cut to the columns in use.
+
+        Raises:
+            ValueError: a tensor is missing that the ledger counts on.
+        """
         low, end = self.ledger.low, self.ledger.end
+        needed = {"keys", "values"} if end > low else set()
+        if any(row.captured for row in self.ledger.rows):
+            needed |= {"head_keys", "head_values"}
+        if missing := needed - set(tensors):
+            raise ValueError(f"{min(missing)} of a layer is missing")
+        if "keys" not in tensors:
+            return
         self.lazy_initialization(tensors["keys"], tensors["values"])
         for stored, saved in zip(self._tensors(), (tensors["keys"], tensors["values"]), strict=True):
             stored[:, :, low:end] = saved
@@ -196,3 +207,12 @@ class SinkLayer(CacheLayerMixin):
             if self.heads is not None:
                 keys, values = (t.index_select(0, beam_idx.to(t.device)) for t in self.heads)
                 self.heads = (keys, values)
+
+
+class RecurrentLayer(LinearAttentionLayer):
+    """The state of a recurrent layer, in ordinary tensors even under inference_mode."""
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate for good."""
+        with torch.inference_mode(False):
+            super().lazy_initialization(*args, **kwargs)

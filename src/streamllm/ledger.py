@@ -72,10 +72,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Span:
     """One forward: ``columns`` new columns, of which row ``r`` fills the last ``counts[r]``.
 
-    ``crossings`` > 0: the chunk runs over that many evictions (all rows of equal age), see ``Ledger.crossings``.
+    ``crossings`` > 0: the span runs over that many evictions (all rows of equal age), see ``Ledger.crossings``.
     """
 
     columns: int
@@ -84,7 +84,7 @@ class Chunk:
 
     @property
     def is_padded(self) -> bool:
-        """Whether some row fills fewer columns than the chunk has."""
+        """Whether some row fills fewer columns than the span has."""
         return any(count < self.columns for count in self.counts)
 
 
@@ -107,7 +107,7 @@ class Ledger:
     rows: list[Row]
     end: int = 0
     steps: list[Step] = field(default_factory=list)
-    chunk: Chunk | None = None
+    span: Span | None = None
 
     # ---- what is where
 
@@ -174,34 +174,34 @@ class Ledger:
         self._put(index, new)
         return rebased
 
-    def open(self, chunk: Chunk) -> None:
-        """Make room for ``chunk`` on the right; evictions that are due have been made before."""
-        if self.end + chunk.columns > self.slots:
+    def open(self, span: Span) -> None:
+        """Make room for ``span`` on the right; evictions that are due have been made before."""
+        if self.end + span.columns > self.slots:
             self._compact()
         for index, row in enumerate(self.rows):
-            pad = chunk.columns - chunk.counts[index]
+            pad = span.columns - span.counts[index]
             if pad:
                 if self.cached(row):
                     where = slice(index, index + 1)
                     self.steps.append(Move(where, row.start, row.start + pad, self.cached(row)))
                 self._put(index, replace(row, start=row.start + pad))
-        self.chunk = chunk
+        self.span = span
 
     def close(self) -> None:
-        """The chunk has been read: its tokens are cached now."""
-        chunk = self.chunk
-        assert chunk is not None
-        self.chunk = None
-        if chunk.crossings:
-            dropped = chunk.crossings * self.block
+        """The span has been read: its tokens are cached now."""
+        span = self.span
+        assert span is not None
+        self.span = None
+        if span.crossings:
+            dropped = span.crossings * self.block
             row = self.rows[0]
-            self.end = self.cached(row) + chunk.columns - dropped
+            self.end = self.cached(row) + span.columns - dropped
             captured = row.captured or row.pinned > 0
             frame = row.frame + dropped
-            self._put(None, replace(row, start=0, seen=row.seen + chunk.columns, frame=frame, captured=captured))
+            self._put(None, replace(row, start=0, seen=row.seen + span.columns, frame=frame, captured=captured))
         else:
-            self.end += chunk.columns
-            for row, count in zip(self.rows, chunk.counts, strict=True):
+            self.end += span.columns
+            for row, count in zip(self.rows, span.counts, strict=True):
                 row.seen += count
 
     def crossings(self, columns: int) -> int:
@@ -212,7 +212,7 @@ class Ledger:
     def max_columns(self, most: int) -> int:
         """Most tokens, up to ``most``, that uniform rows can read in one forward without a rebase on the way.
 
-        The chunk ends where an eviction is due, so that the next one begins with it.
+        The span ends where an eviction is due, so that the next one begins with it.
         """
         row = self.rows[0]
         before_rebase = (self.limit - self.capacity(row) - self._next_frame(row)) // self.block

@@ -8,6 +8,7 @@ which was not read yet, stays in ``cache.unread`` and is read first by whatever 
 from __future__ import annotations
 
 import inspect
+import operator
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from typing_extensions import TypeIs
 
 from streamllm.cache import SinkCache
 from streamllm.config import ON_END, PREFILL_CHUNK, CacheConfig, OnEnd, SamplingConfig
@@ -103,10 +103,21 @@ def stream(
     if len(cache.rows) != 1:
         raise ConfigError(f"stream() drives one row, this cache has {len(cache.rows)}.")
     ends = end_ids(model, tokenizer)
+    # What was left unread is known already to a sampler or decoder that was there when it was drawn.
+    unread = cache.unread
     if not isinstance(sampling, Sampler):
         banned = sorted(ends) if on_end == "ban" else ()
         sampling = Sampler(sampling or SamplingConfig(), device=model.device, banned=banned)
-    loop = _Loop(model, tokenizer, cache, sampling, decoder or Decoder(tokenizer), StopStrings(stop))
+        sampling.observe(unread)
+    elif on_end == "ban" and not ends.issubset(sampling.banned):
+        raise ConfigError(
+            f"on_end='ban' needs a Sampler made with banned={sorted(ends)}, the end ids; this one bans "
+            f"{list(sampling.banned)}."
+        )
+    if decoder is None:
+        decoder = Decoder(tokenizer)
+        decoder.prime(unread)
+    loop = _Loop(model, tokenizer, cache, sampling, decoder, StopStrings(stop))
     return loop.run(prompt, max_tokens=max_tokens, ends=ends, on_end=on_end)
 
 
@@ -133,9 +144,30 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
     return frozenset(found)
 
 
-def _are_ids(prompt: Sequence[int] | Iterable[str]) -> TypeIs[Sequence[int]]:
-    """Whether a prompt is a list of ids, not an iterable of text."""
-    return isinstance(prompt, Sequence) and all(isinstance(x, int) for x in prompt)
+def _as_ids(prompt: Any) -> list[int] | None:
+    """The ids of a prompt that is a sequence of them (list, 1-D or [1, T] tensor or array); ``None``: it is text."""
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+        if len(prompt) == 1 and isinstance(prompt[0], list):
+            prompt = prompt[0]
+    if isinstance(prompt, (bytes, bytearray)):
+        raise InputError("The prompt is bytes; decode it to text first, for example with prompt.decode().")
+    if not isinstance(prompt, Sequence) or (prompt and isinstance(prompt[0], str)):
+        return None
+    try:
+        return [operator.index(x) for x in prompt]
+    except TypeError as error:
+        raise InputError(
+            f"The prompt must be text, ids of one row, or pieces of text, not a sequence with {error}."
+        ) from error
+
+
+def _pieces(prompt: Any) -> Iterator[str]:
+    """The pieces of a text, checked."""
+    for piece in [prompt] if isinstance(prompt, str) else prompt:
+        if not isinstance(piece, str):
+            raise InputError(f"The prompt must come in pieces of text, this one is {type(piece).__name__}.")
+        yield piece
 
 
 class _Loop:
@@ -166,7 +198,7 @@ class _Loop:
         on_end: OnEnd,
     ) -> Iterator[Chunk]:
         # 1. read what was left unread, and the prompt
-        logits = self.prefill(self.prompt_ids(prompt))
+        logits = self.prefill(self.cache.unread, self.prompt_ids(prompt))
         if max_tokens == 0:
             yield Chunk("", None, self.stats(), "length")
             return
@@ -197,23 +229,23 @@ class _Loop:
             logits = self.forward([token])
 
     def prompt_ids(self, prompt: str | Sequence[int] | Iterable[str] | None) -> Iterator[list[int]]:
-        """Ids of the prompt as they become known, those left unread first."""
-        yield self.cache.unread
+        """Ids of the prompt as they become known."""
         if prompt is None:
             return
-        if isinstance(prompt, str) or not _are_ids(prompt):
+        ids = None if isinstance(prompt, str) else _as_ids(prompt)
+        if ids is None:
             begins = self.cache.tokens_seen == 0
-            yield from read_ids(self.tokenizer, prompt, add_special_tokens=begins)
+            yield from read_ids(self.tokenizer, _pieces(prompt), add_special_tokens=begins)
             return
         size = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
-        if strange := [x for x in prompt if not 0 <= x < size]:
+        if strange := [x for x in ids if not 0 <= x < size]:
             raise InputError(f"{strange[0]} is no id of this model, whose ids run from 0 to {size - 1}.")
-        yield list(prompt)
+        yield ids
 
-    def prefill(self, batches: Iterable[list[int]]) -> Tensor:
-        """Read all batches, in forwards as long as the cache takes; the logits [V] after the last token."""
+    def prefill(self, unread: list[int], batches: Iterable[list[int]]) -> Tensor:
+        """Read ``unread`` and all batches, in forwards as long as the cache takes; the logits [V] after the last."""
         decoder = self.model.get_decoder()
-        waiting: list[int] = []
+        waiting = unread
         for batch in batches:
             self.sampler.observe(batch)
             self.decoder.prime(batch)

@@ -5,33 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamllm.ledger import Chunk, Ledger
+from streamllm.ledger import Ledger, Span
 
 
-def next_positions(ledger: Ledger, chunk: Chunk) -> Tensor:
+def next_positions(ledger: Ledger, span: Span) -> Tensor:
     """[B, T] position of every new token; a pad's is that of the first token beside it less its distance, at least 0.
 
     Evictions that are due must have been made.
     """
-    columns = torch.arange(chunk.columns)
-    if ledger.is_uniform and not chunk.is_padded:
+    columns = torch.arange(span.columns)
+    if ledger.is_uniform and not span.is_padded:
         return (columns + ledger.position(ledger.rows[0])).expand(len(ledger.rows), -1)
-    first = [
-        ledger.position(row) - (chunk.columns - count) for row, count in zip(ledger.rows, chunk.counts, strict=True)
-    ]
+    first = [ledger.position(row) - (span.columns - count) for row, count in zip(ledger.rows, span.counts, strict=True)]
     return (torch.tensor(first)[:, None] + columns).clamp_min(0)
 
 
-def padding_mask(ledger: Ledger, chunk: Chunk, offset: int) -> Tensor:
+def padding_mask(ledger: Ledger, span: Span, offset: int) -> Tensor:
     """[B, offset + T] of 0 and 1: which columns belong to each row, for rows of different age.
 
     ``offset``: columns before the new ones, in the space that all layers share.
     """
     first = torch.tensor([[offset - ledger.cached(row)] for row in ledger.rows])
-    return (torch.arange(offset + chunk.columns) >= first).long()
+    return (torch.arange(offset + span.columns) >= first).long()
 
 
-def crossing_mask(ledger: Ledger, chunk: Chunk) -> Tensor:
+def crossing_mask(ledger: Ledger, span: Span) -> Tensor:
     """[1, 1, T, E * P + N + T] additive: what each new token sees of what ``SinkLayer`` returns across E evictions.
 
     The columns are the pinned head (P) as it stands after the 1st .. E-th eviction, the columns in use (N, the pinned
@@ -39,11 +37,11 @@ def crossing_mask(ledger: Ledger, chunk: Chunk) -> Tensor:
     """
     row = ledger.rows[0]
     head, cached, block = ledger.head(row), ledger.cached(row), ledger.block
-    column = torch.arange(chunk.columns)[:, None]
+    column = torch.arange(span.columns)[:, None]
     # How many evictions have happened when a token's turn comes.
     turn = (column - (ledger.capacity(row) - cached) + block).div(block, rounding_mode="floor").clamp_min(0)
-    variant = torch.arange(1, chunk.crossings + 1).repeat_interleave(head)[None]
-    window = torch.arange(cached - head + chunk.columns)[None]
+    variant = torch.arange(1, span.crossings + 1).repeat_interleave(head)[None]
+    window = torch.arange(cached - head + span.columns)[None]
     visible = torch.cat(
         [
             variant == turn,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -30,6 +31,9 @@ PROBE_POSITIONS = (1, 2, 3, 4, 8, 30, 128)
 """Where the probe samples keys; not at 0, where some recurrent layers begin a new state."""
 
 PROBE_LENGTH = 6
+
+INCIDENTAL = ("_name_or_path", "architectures", "attn_implementation", "dtype", "transformers_version", "use_cache")
+"""Entries of a config that do not change what a model computes."""
 
 FINGERPRINTED = 16
 """Numbers at each end of a weight that enter the fingerprint: telling models apart need not read all their bytes."""
@@ -66,7 +70,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Enough to tell models apart: type, dtype, and a digest of every weight's name, shape and some numbers."""
+    """Enough to tell models apart: type, dtype, and a digest of the config and of some numbers of every weight."""
 
     model_type: str
     dtype: str
@@ -129,14 +133,20 @@ def inspect_model(model: PreTrainedModel) -> ModelSpec:
         raise ConfigError(f"Expected a transformers model (PreTrainedModel), got {type(model).__name__}.")
     known, state = _known.get(model), (model.dtype, str(model.config._attn_implementation))
     if known is None or known[0] != state:
-        was_training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
             with torch.no_grad():
-                known = _known[model] = (state, _Probe(model).spec())
+                known = (state, _Probe(model).spec())
         finally:
-            model.train(was_training)
-    return known[1]
+            for module, mode in modes:
+                module.training = mode
+    # Weights may have been trained on, or merged, since the probe.
+    spec, fingerprint = known[1], _fingerprint(model)
+    if spec.fingerprint != fingerprint:
+        spec = replace(spec, fingerprint=fingerprint)
+    _known[model] = (state, spec)
+    return spec
 
 
 class _Probe:
@@ -360,8 +370,10 @@ class _Probe:
 
 
 def _fingerprint(model: PreTrainedModel) -> Fingerprint:
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
+    config = model.config.get_text_config(decoder=True).to_dict()
+    facts = {name: value for name, value in config.items() if name not in INCIDENTAL}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, weight in (*model.state_dict().items(), *model.named_buffers()):
         flat = weight.detach().flatten()
         ends = torch.cat([flat[:FINGERPRINTED], flat[-FINGERPRINTED:]]).to(device="cpu", dtype=torch.float64)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
