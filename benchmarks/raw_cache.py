@@ -5,8 +5,9 @@ by their index in the cache, and one token is evicted by slicing and concatenati
 published code does so for every token and layer). Shapes: [B, H, N, D] as everywhere.
 
 The model hands over keys that are rotated already, so the new one is rotated back before it is stored: one token's
-work, which the published code does not have. In turn this one reads contiguous tables of sines and needs no patched
-model, so it is, if anything, the faster of the two.
+work, which the published code does not have. In turn this one runs inside a current transformers model, with its
+faster bookkeeping, so it is, if anything, the faster of the two. The published code computes attention by plain matrix products
+("eager"); with SDPA the scheme is shown at its best.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class RawLayer(CacheLayerMixin):
         raw = _turn(key_states, self.cos[begin:end], -self.sin[begin:end])
         self.keys = torch.cat([self.keys, raw], dim=2)
         self.values = torch.cat([self.values, value_states], dim=2)
-        return _turn(self.keys, self.cos[:end], self.sin[:end]), self.values
+        # The published code looks the angles of all positions up anew in every layer, and so does this.
+        positions = torch.arange(end)
+        return _turn(self.keys, self.cos[positions], self.sin[positions]), self.values
 
     def evict(self, sinks: int, count: int) -> None:
         """Drop the ``count`` oldest tokens behind the sinks."""

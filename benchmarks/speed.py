@@ -16,6 +16,7 @@ the same random ids. The plain model is an object of its own, without the hooks 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -76,8 +77,11 @@ QUICK = Setting(64, 128, 2, 4, 2, 512, 1024, 64, (60, 124), 600, (4, 4), 1)
 """For trying out the script; its figures mean nothing."""
 
 
-def make_models(setting: Setting, attention: str) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
-    """Two models of the same weights, in the same memory: a plain one, and one for the SinkCache to put hooks on."""
+def make_models(setting: Setting, attention: str) -> tuple[LlamaForCausalLM, LlamaForCausalLM, LlamaForCausalLM]:
+    """Three models of the same weights, in the same memory.
+
+    A plain one, one for the SinkCache to put hooks on, and one with the plain attention of the published code.
+    """
     config = LlamaConfig(
         hidden_size=setting.hidden,
         intermediate_size=setting.intermediate,
@@ -89,12 +93,14 @@ def make_models(setting: Setting, attention: str) -> tuple[LlamaForCausalLM, Lla
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    plain, hooked = (LlamaForCausalLM(config).eval() for _ in range(2))
-    hooked.load_state_dict(plain.state_dict(), assign=True)
-    hooked.tie_weights()
-    for model in (plain, hooked):
-        model.set_attn_implementation(attention)
-    return plain, hooked
+    plain = LlamaForCausalLM(config).eval()
+    hooked, published = (LlamaForCausalLM(copy.deepcopy(config)).eval() for _ in range(2))
+    for model in (hooked, published):
+        model.load_state_dict(plain.state_dict(), assign=True)
+        model.tie_weights()
+    for model, kernel in ((plain, attention), (hooked, attention), (published, "eager")):
+        model.set_attn_implementation(kernel)
+    return plain, hooked, published
 
 
 def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -213,7 +219,8 @@ class Reference(Method):
     """The reference implementation's scheme, see ``raw_cache``."""
 
     def __init__(self, model: LlamaForCausalLM, setting: Setting, window: int, length: int) -> None:
-        self.name = f"reference scheme, window {window:,}"
+        kernel = model.config._attn_implementation
+        self.name = f"reference scheme ({kernel}), {window:,}"
         self.length = length
         self.model = model
         self.cache = RawCache(model.model, SINKS, window)
@@ -343,19 +350,21 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 def measure(setting: Setting, rounds: int, prefill_rounds: int, attention: str) -> tuple[dict[str, Any], list[Target]]:
     """Run everything; the figures and the targets."""
-    plain, hooked = make_models(setting, attention)
+    plain, hooked, published = make_models(setting, attention)
     short, long = setting.windows
     _tell("filling the caches")
     methods = (
         Plain(plain, setting),
         Ours(hooked, setting, short),
         Streaming(hooked, setting, short),
+        Reference(published, setting, short, setting.reference_tokens[0]),
         Reference(plain, setting, short, setting.reference_tokens[0]),
         Ours(hooked, setting, long),
+        Reference(published, setting, long, setting.reference_tokens[1]),
         Reference(plain, setting, long, setting.reference_tokens[1]),
     )
     series = measure_decode(methods, make_ids(setting, 2 * BLOCK), rounds)
-    base, ours, looped, reference, ours_long, reference_long = (found.rounds for found in series)
+    base, ours, looped, reference, best, ours_long, reference_long, best_long = (found.rounds for found in series)
     names = [method.name for method in methods]
     del methods
     prefill = measure_prefill(plain, hooked, setting, prefill_rounds)
@@ -363,10 +372,12 @@ def measure(setting: Setting, rounds: int, prefill_rounds: int, attention: str) 
     ratios = {
         f"decode: {names[1]} / {names[0]}": ratio(ours, base),
         f"decode: {names[1]} / {names[3]}": ratio(ours, reference),
-        f"decode: {names[4]} / {names[5]}": ratio(ours_long, reference_long),
+        f"decode: {names[5]} / {names[6]}": ratio(ours_long, reference_long),
         f"prefill, tokens per s: {setting.prompt:,} through stream() / {setting.context:,} plain": ratio(
             prefill.ours, prefill.plain
         ),
+        f"decode: {names[1]} / {names[4]}": ratio(ours, best),
+        f"decode: {names[5]} / {names[7]}": ratio(ours_long, best_long),
         f"decode: {names[2]} / {names[0]}": ratio(looped, base),
         f"decode: {names[2]} / {names[1]}": ratio(looped, ours),
     }
