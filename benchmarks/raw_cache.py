@@ -6,8 +6,8 @@ published code does so for every token and layer). Shapes: [B, H, N, D] as every
 
 The model hands over keys that are rotated already, so the new one is rotated back before it is stored: one token's
 work, which the published code does not have. In turn this one runs inside a current transformers model, with its
-faster bookkeeping, so it is, if anything, the faster of the two. The published code computes attention by plain matrix products
-("eager"); with SDPA the scheme is shown at its best.
+faster bookkeeping, so it is, if anything, the faster of the two. The published code computes attention by plain
+matrix products ("eager"); with SDPA the scheme is shown at its best.
 """
 
 from __future__ import annotations

@@ -208,8 +208,15 @@ def config(
         values = {name: {"value": value, "source": source} for name, (value, source) in found.items()}
         answer.write(jsonlib.dumps({"file": file and str(file), "settings": values}, indent=2) + "\n")
         return
-    rows = [(name, "" if value is None else str(value), source) for name, (value, source) in found.items()]
+    rows = [(name, _shown(value), source) for name, (value, source) in found.items()]
     answer.table([*rows, ("settings file", str(file or "none"), "")])
+
+
+def _shown(value: Any) -> str:
+    """A setting as a person would write it."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(repr, value))
+    return "" if value is None else str(value)
 
 
 def _begin(ctx: typer.Context) -> None:

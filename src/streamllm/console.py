@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -72,8 +72,10 @@ class Signals:
             signal.signal(number, handler)
 
 
-def read_stdin(signals: Signals) -> Iterator[str]:
+def read_stdin(signals: Signals, idle: Callable[[], None]) -> Iterator[str]:
     """Yield the text of standard input as it comes, unless it is a terminal; ends early when a signal was received.
+
+    ``idle`` is called once if nothing at all comes for a while.
 
     Raises:
         InputError: the bytes are not UTF-8.
@@ -82,10 +84,11 @@ def read_stdin(signals: Signals) -> Iterator[str]:
         return
     from streamllm.reading import decode_utf8
 
-    yield from decode_utf8(_read_bytes(signals))
+    yield from decode_utf8(_read_bytes(signals, idle))
 
 
-def _read_bytes(signals: Signals) -> Iterator[bytes]:
+def _read_bytes(signals: Signals, idle: Callable[[], None]) -> Iterator[bytes]:
+    began: float | None = time.monotonic()  # None: something came, or idle was called
     try:
         number: int | None = sys.stdin.fileno()
     except OSError:  # not a real file
@@ -94,9 +97,13 @@ def _read_bytes(signals: Signals) -> Iterator[bytes]:
         if number is None:
             data: bytes = sys.stdin.buffer.read(PIECE_BYTES)
         elif os.name != "nt" and not select.select([number], [], [], 0.1)[0]:
+            if began is not None and time.monotonic() - began > PATIENCE:
+                began = None
+                idle()
             continue  # a signal would not end a read that waits
         else:
             data = os.read(number, PIECE_BYTES)
+        began = None
         if not data:
             return
         yield data

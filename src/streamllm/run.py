@@ -67,7 +67,7 @@ class Job:
         with Signals() as signals, Screen(quiet=self.quiet, verbose=self.verbose) as screen:
             # 1. what can be refused before the model is loaded
             answer = Answer()
-            pieces = join(read_stdin(signals), self.prompt)
+            pieces = join(read_stdin(signals, lambda: self._waits(screen)), self.prompt)
             first = next(pieces, None)
             if first is None and self.resume is None:
                 raise ConfigError(
@@ -121,6 +121,11 @@ class Job:
             if answer.error is not None:
                 raise answer.error
             return 0 if signals.received is None else 128 + signals.received
+
+    def _waits(self, screen: Screen) -> None:
+        """Say why nothing happens when a pipe is open and nothing comes through it."""
+        if not self.quiet:
+            screen.line("waiting for standard input, which is read to its end first; nothing to pipe? add < /dev/null")
 
     def _open(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SavedStream:
         """Begin a stream, or read a saved one."""
