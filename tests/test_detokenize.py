@@ -205,6 +205,22 @@ def test_what_is_whole_is_kept_as_context_after_a_flush() -> None:
     assert [decoder.push(id) for id in (letter, byte, word, word)] == ["A", "", "\ufffd the", " the"]
 
 
+def test_a_broken_byte_after_a_character_of_several_bytes_is_one_mark() -> None:
+    """Reference: by hand; one-shot decoding turns each byte of the run into a mark, but the character has been shown."""
+    tokenizer = stories()
+    character, byte = ids_of(tokenizer, "你")[1:], tokenizer.convert_tokens_to_ids("<0x80>")
+    assert "".join(pieces_of(Decoder(tokenizer), [*character, byte])) == "你\ufffd"
+
+
+@each_tokenizer
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10])
+def test_the_replacement_character_itself_is_text_like_any_other(kind: str, count: int) -> None:
+    """Reference: ``tokenizer.decode`` of all ids; the bytes that follow are not lost where the wait for them ends."""
+    tokenizer = KINDS[kind]()
+    ids = ids_of(tokenizer, "\ufffd" * count + "😀ж" + "\ufffd" * count)
+    assert "".join(pieces_of(Decoder(tokenizer), ids)) == tokenizer.decode(ids)
+
+
 # ---- stop strings
 
 

@@ -232,6 +232,13 @@ def drop_a_tensor(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def empty_the_tokenizer(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    written = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    file.write_text(json.dumps(written))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "without config": (remove("config.json"), "has no config.json"),
     "config is no json": (write("config.json", "{"), "config.json cannot be read"),
@@ -245,6 +252,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights lack a tensor": (drop_a_tensor, "lack 1 tensors .*layers.3.mlp.up_proj.weight"),
     "weights of another shape": (lambda folder: edit_config(folder, intermediate_size=100), "cannot be loaded|lack"),
     "without tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "has no tokenizer"),
+    "empty tokenizer": (empty_the_tokenizer, "tokenizer of .* is empty"),
     "damaged tokenizer": (write("tokenizer.json", "{]"), "tokenizer of .* cannot be loaded"),
 }
 

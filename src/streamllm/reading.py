@@ -35,8 +35,8 @@ HOLD_BACK = 256
 LONGEST_WAIT = 65_536
 """Characters held back at most where no border between tokens is found."""
 
-OVERLAPS = (48, 256)
-"""Tokens of context tried in front of a stretch, the next if the one before is not in step."""
+OVERLAPS = (48, 49, 50, 256)
+"""Tokens of context tried in front of a stretch, in turn until it is in step; neighbours, since digits go in threes."""
 
 CONTEXT_CHARS = 8_192
 """Characters of context at most, however long its tokens are."""
@@ -44,7 +44,7 @@ CONTEXT_CHARS = 8_192
 CHECKED = 16
 """Tokens before the border that must be the same in both stretches."""
 
-HEADS = ("", "\n", " ", "a")
+HEADS = ("", "\n", "a")
 """Texts tried in front of the context, because many tokenizers treat the start of a text differently."""
 
 _Stretch = tuple[list[int], list[tuple[int, int]], int, int]

@@ -1,6 +1,6 @@
 """One run of a stream from the command line: read, write as it comes, save, and leave in order.
 
-Knows the terminal and the library, but no flags (``cli``) and no algorithm (``generate``). From the moment on that the
+Knows the terminal and the library, but no flags (``cli``) and no algorithm (``loop``). From the moment on that the
 stream begins, Ctrl-C is only noted: the loop ends between two tokens, what was read and written is saved, and then the
 process leaves.
 """
