@@ -206,7 +206,7 @@ def test_what_is_whole_is_kept_as_context_after_a_flush() -> None:
 
 
 def test_a_broken_byte_after_a_character_of_several_bytes_is_one_mark() -> None:
-    """Reference: by hand; one-shot decoding turns each byte of the run into a mark, but the character has been shown."""
+    """Reference: by hand; one-shot decoding marks every byte of the run, but the character was shown before."""
     tokenizer = stories()
     character, byte = ids_of(tokenizer, "你")[1:], tokenizer.convert_tokens_to_ids("<0x80>")
     assert "".join(pieces_of(Decoder(tokenizer), [*character, byte])) == "你\ufffd"

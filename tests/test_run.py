@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,12 @@ class Pipe:
 
 
 @pytest.fixture(autouse=True)
-def stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing on stdin, and Ctrl-C not ignored, as it would be in a background job."""
     monkeypatch.setattr(sys, "stdin", Pipe())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_while_a_prompt_is_read_stops_reading_and_saves(
