@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import streamllm
 from streamllm import models
+from streamllm.cli import app
 from streamllm.config import CacheConfig, SamplingConfig
-from streamllm.console import PIECE_CHARS
-from streamllm.errors import StateError, StreamLLMError
+from streamllm.console import PIECE_CHARS, Screen
+from streamllm.errors import InputError, StateError, StreamLLMError
 from streamllm.loop import end_ids
 from streamllm.run import Job
 
@@ -169,3 +172,23 @@ def test_a_person_sees_what_runs_and_how_to_go_on(
     assert "forgotten" in lines[1]
     assert lines[2] == f"saved to {path}; go on with --resume {path}"
     assert lines[3].startswith("seen 9 · cached 9 · evicted 0")
+
+
+def test_an_argument_that_is_not_utf8_is_refused() -> None:
+    """Reference: what Python makes of such bytes on a command line, a lone surrogate."""
+    result = CliRunner().invoke(app, ["run", os.fsdecode(b"caf\xe9")])
+    assert isinstance(result.exception, InputError)
+    assert "not UTF-8" in str(result.exception)
+
+
+def test_the_version_is_the_packages() -> None:
+    """Reference: ``streamllm.__version__``."""
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"streamllm {streamllm.__version__}\n")
+
+
+def test_waiting_for_a_pipe_is_not_explained_to_whoever_wants_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    """Reference: the same without --quiet."""
+    for quiet in (True, False):
+        job(quiet=quiet)._waits(Screen(quiet=quiet))
+    assert capsys.readouterr().err.count("waiting for standard input") == 1
