@@ -160,7 +160,7 @@ def test_the_same_seed_gives_the_same_draws_and_no_seed_a_new_one_each_time() ->
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.8}, {"repetition_penalty": 1.2}], ids=str)
 def test_half_precision_logits_are_drawn_from_in_float32(dtype: torch.dtype, settings: dict[str, Any]) -> None:
     """Reference: the same logits turned to float32 beforehand."""
-    rows = logits_of(8, 50).to(dtype)
+    rows = logits_of(8, 2000).to(dtype)  # so many, because rounding changes one draw in a hundred
     config = SamplingConfig(seed=2, **settings)
     low, full = Sampler(config), Sampler(config)
     assert [low(row) for row in rows] == [full(row.float()) for row in rows]

@@ -212,7 +212,8 @@ class _OffsetReader(_Reader):
 
     def _take(self, limit: int | None, *, forced: bool) -> list[int]:
         ids, spans, shift, first = self._encode_in_step()
-        last = len(ids) if limit is None else self._last_border(spans, first, limit - shift)
+        # All tokens of one character end at the same place, so a character is never cut.
+        last = len(ids) if limit is None else bisect_right(spans, limit - shift, key=_END)
         if last <= first and forced:
             last = len(ids)
         if last > first:
@@ -223,11 +224,12 @@ class _OffsetReader(_Reader):
     def _encode_in_step(self) -> _Stretch:
         """Encode the waiting text with as much context as puts it in step."""
         for start in self._starts():
-            for head in self._heads if self._dropped + start else ("",):
+            is_middle = self._dropped + start > 0
+            for head in self._heads if is_middle else ("",):
                 ids, spans, shift, first = self._stretch(head, start)
                 if self._is_in_step(ids[:first], spans[:first], shift):
-                    # What worked once most likely works again.
-                    self._heads = (head, *(h for h in HEADS if h != head))
+                    if is_middle:  # what worked once most likely works again
+                        self._heads = (head, *(h for h in HEADS if h != head))
                     return ids, spans, shift, first
         # Never in step: begin afresh at the border, after a line end if that is a token of its own.
         ids, spans, shift, first = self._stretch("\n", self._given)
@@ -244,30 +246,19 @@ class _OffsetReader(_Reader):
         return encoded["input_ids"], spans, shift, first
 
     def _starts(self) -> list[int]:
-        """Return places in the context where a token begins, the nearest first."""
-        known = self._known
+        """Return places in the context where a token ends, the nearest first."""
         starts: list[int] = []
-        for width in OVERLAPS:
-            if not self._dropped and width >= len(known):
+        for width in OVERLAPS if self._known else ():
+            if not self._dropped and width >= len(self._known):
                 return [*starts, 0]  # the true start of the text
-            for i in range(max(1, len(known) - width), len(known)):
-                if known[i - 1][2] <= known[i][1] < known[i][2]:
-                    starts.append(known[i - 1][2])
-                    break
-        return starts
+            starts.append(self._known[-width:][0][2])
+        return starts if self._dropped else [*starts, 0]
 
     def _is_in_step(self, ids: list[int], spans: list[tuple[int, int]], shift: int) -> bool:
         """Say whether these tokens end with the last ones that were given out."""
         known = self._known[-CHECKED:]
         tail = zip(ids[-len(known) :], spans[-len(known) :], strict=True) if known else ()
         return known == [(id, s + shift, e + shift) for id, (s, e) in tail]
-
-    def _last_border(self, spans: list[tuple[int, int]], first: int, limit: int) -> int:
-        """Return the index after the last token, from ``first`` on, that ends by ``limit`` and shares no character."""
-        for i in range(bisect_right(spans, limit, key=_END), first, -1):
-            if i < len(spans) and spans[i - 1][1] <= spans[i][0] < spans[i][1]:
-                return i
-        return first
 
     def _remember(self, new: list[tuple[int, int, int]]) -> None:
         """Record tokens given out, and forget the text that no stretch will begin in any more."""
