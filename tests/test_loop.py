@@ -217,11 +217,16 @@ def test_stats_add_up(model, tokenizer) -> None:
 
 
 def test_nothing_to_generate_only_reads(model, tokenizer) -> None:
-    """Reference: the counters; one chunk without a token."""
+    """Reference: the counters, one chunk without a token, and the stream that did not stop there."""
     cache = SinkCache(model, **SIZES)
     chunks = list(stream(model, tokenizer, PROMPT, cache=cache, max_tokens=0))
+    ids = tokenizer(PROMPT).input_ids
     assert [(c.text, c.id, c.finish) for c in chunks] == [("", None, "length")]
-    assert cache.tokens_seen == len(tokenizer(PROMPT).input_ids)
+    assert (cache.tokens_seen, cache.unread) == (len(ids) - 1, ids[-1:])
+    options = {"sampling": GREEDY, "max_tokens": 20, "on_end": "pass"}
+    assert ids_of(stream(model, tokenizer, cache=cache, **options)) == ids_of(
+        stream(model, tokenizer, PROMPT, **SIZES, **options)
+    )
 
 
 def test_a_model_without_logits_to_keep_streams_too(tokenizer) -> None:

@@ -71,7 +71,8 @@ def stream(
         prompt: text, ids, or an iterable of pieces of text of any total length, read as it arrives. ``None``: go on
             with ``cache``.
         sinks, window, block: see ``CacheConfig``; only without ``cache``.
-        max_tokens: tokens to generate at most; ``None``: no limit.
+        max_tokens: tokens to generate at most; ``None``: no limit; 0: only read the prompt (its last id, whose logits
+            begin a text, stays in ``cache.unread``).
         sampling: how to draw; a ``Sampler`` goes on with its state.
         stop: strings that end the stream; they are not shown.
         cache: a stream to go on with (one row); ``None`` begins a new one.
@@ -198,10 +199,13 @@ class _Loop:
         on_end: OnEnd,
     ) -> Iterator[Chunk]:
         # 1. read what was left unread, and the prompt
-        logits = self.prefill(self.cache.unread, self.prompt_ids(prompt))
+        waiting = self.prefill(self.cache.unread, self.prompt_ids(prompt))
         if max_tokens == 0:
-            yield Chunk("", None, self.stats(), "length")
+            yield self.leave_unread(waiting)
             return
+        began = time.perf_counter()
+        logits = self.forward(waiting)
+        self.meter.prefilled(len(waiting), time.perf_counter() - began)
         drawn = 0
         while True:
             # 2. draw; from here on the id belongs to the stream, even if nobody comes back for more
@@ -242,9 +246,8 @@ class _Loop:
             raise InputError(f"{strange[0]} is no id of this model, whose ids run from 0 to {size - 1}.")
         yield ids
 
-    def prefill(self, unread: list[int], batches: Iterable[list[int]]) -> Tensor:
-        """Read ``unread`` and all batches, in forwards as long as the cache takes; the logits [V] after the last."""
-        decoder = self.model.get_decoder()
+    def prefill(self, unread: list[int], batches: Iterable[list[int]]) -> list[int]:
+        """Read ``unread`` and all batches, in forwards as long as the cache takes, but for the last one, returned."""
         waiting = unread
         for batch in batches:
             self.sampler.observe(batch)
@@ -252,17 +255,25 @@ class _Loop:
             waiting += batch
             # The last token waits for the forward that also makes logits.
             while len(waiting) > (width := self.cache.columns(None, PREFILL_CHUNK)):
-                began = time.perf_counter()
-                with torch.no_grad():
-                    decoder(input_ids=self.tensor(waiting[:width]), past_key_values=self.cache, use_cache=True)
+                self.read(waiting[:width])
                 del waiting[:width]
-                self.meter.prefilled(width, time.perf_counter() - began)
         if not waiting:
             raise InputError("The prompt is empty: give at least one token to go on from.")
+        return waiting
+
+    def leave_unread(self, waiting: list[int]) -> Chunk:
+        """Read all but the last id, which is kept for whoever goes on: only its logits can begin a text."""
+        if waiting[:-1]:
+            self.read(waiting[:-1])
+        self.cache.unread = waiting[-1:]
+        return Chunk("", None, self.stats(), "length")
+
+    def read(self, ids: list[int]) -> None:
+        """Read ``ids``, without logits."""
         began = time.perf_counter()
-        logits = self.forward(waiting)
-        self.meter.prefilled(len(waiting), time.perf_counter() - began)
-        return logits
+        with torch.no_grad():
+            self.model.get_decoder()(input_ids=self.tensor(ids), past_key_values=self.cache, use_cache=True)
+        self.meter.prefilled(len(ids), time.perf_counter() - began)
 
     def forward(self, ids: list[int]) -> Tensor:
         """Read ``ids``; the logits [V] after the last one."""
