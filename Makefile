@@ -5,7 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check slow bench docs clean
+# Texts to train on, which are not part of the project: see docs/training.md.
+DATA ?= ../shared/data
+STORIES := $(DATA)/stories/decoding_gpt_tinystories_10k.txt $(DATA)/stories/jlens_tinystories_1000.txt
+STORIES_HELD_OUT := $(DATA)/stories/moe_routing_bench_tinystories_val.txt
+BOOKS_HELD_OUT := $(DATA)/books/heldout.jsonl.xz
+RUNS ?= runs
+
+.PHONY: demo test check slow bench docs candidates embedded twins million clean
 
 demo: $(READY)  ## set up, and let the embedded model tell stories beyond its trained length
 	$(BIN)/streamllm run --endless --max-tokens 1500 --seed 7 --stats "Once upon a time"
@@ -30,6 +37,24 @@ bench: $(READY)  ## speed and memory; writes docs/results/
 
 docs: $(READY)  ## tables that are made from the tests
 	$(BIN)/python -m pytest -q tests/test_laws.py --families-table docs/families.md
+
+$(RUNS)/plain.jsonl.xz: $(READY)
+	mkdir -p $(RUNS)
+	$(BIN)/python recipes/plain_books.py --stories $(STORIES) --books $(wildcard $(DATA)/books/train-*.jsonl.xz) --chars 60e6 --out $@
+
+candidates: $(RUNS)/plain.jsonl.xz  ## compare recipes for the embedded model; writes docs/results/
+	$(BIN)/python recipes/candidates.py --stories $(STORIES) --books $< --heldout $(STORIES_HELD_OUT) $(BOOKS_HELD_OUT) --work $(RUNS)/candidates --minutes 2.5
+
+embedded: $(RUNS)/plain.jsonl.xz  ## train the embedded model anew, or go on with it
+	test -e $(RUNS)/embedded/training/run.json && $(BIN)/streamllm train --out $(RUNS)/embedded --resume || \
+	$(BIN)/streamllm train --out $(RUNS)/embedded $(EMBEDDED_RECIPE) --heldout $(STORIES_HELD_OUT) --heldout $(BOOKS_HELD_OUT) --data $(STORIES:%=%:8) $<
+
+twins: $(READY)  ## the paper's table 3 at small scale, and when sinks appear; writes docs/results/
+	mkdir -p $(RUNS)/twins
+	$(BIN)/python recipes/twins.py --data $(wildcard $(DATA)/books/train-*.jsonl.xz) --heldout $(BOOKS_HELD_OUT) --work $(RUNS)/twins
+
+million: $(READY)  ## a million tokens through the embedded model; writes docs/results/
+	$(BIN)/python recipes/million.py --text $(BOOKS_HELD_OUT)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("streamllm needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -71,12 +71,15 @@ class Record:
                 raise
 
 
-def begin_record(name: str, argv: Sequence[str], model: str, dtype: str) -> Record:
-    """Return a record without figures; call it before measuring, when the machine is as the measurement finds it."""
+def begin_record(name: str, argv: Sequence[str], model: str, dtype: str, *, folder: str = "benchmarks") -> Record:
+    """Return a record without figures; call it before measuring, when the machine is as the measurement finds it.
+
+    ``folder``: where the script lies.
+    """
     began, machine = datetime.now(UTC).isoformat(timespec="seconds"), describe_machine()
     if (machine["load_before"] or 0) > BUSY:
         print(f"Others use this machine (load {machine['load_before']}): the times will be noisy.", file=sys.stderr)
-    return Record(name, show_command(name, argv), began, find_commit(), machine, model, dtype, {})
+    return Record(name, show_command(name, argv, folder), began, find_commit(), machine, model, dtype, {})
 
 
 def target_path(name: str, out: Path | None, *, quick: bool) -> Path | None:
@@ -86,9 +89,9 @@ def target_path(name: str, out: Path | None, *, quick: bool) -> Path | None:
     return None if quick else RESULTS / f"{name}.json"
 
 
-def show_command(name: str, argv: Sequence[str]) -> str:
+def show_command(name: str, argv: Sequence[str], folder: str = "benchmarks") -> str:
     """The command line; of absolute paths only the last part, because folders of one machine mean nothing elsewhere."""
-    return shlex.join(["python", f"benchmarks/{name}.py", *map(_without_folder, argv)])
+    return shlex.join(["python", f"{folder}/{name}.py", *map(_without_folder, argv)])
 
 
 def _without_folder(argument: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import streamllm
+from stories import STORIES
 from streamllm import __main__ as entry
 from streamllm.cli import app
 from streamllm.errors import StreamLLMError
@@ -24,13 +25,14 @@ PROMPT = "Once upon a time"
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither the settings nor the environment of whoever runs the tests."""
+    """Neither the settings nor the environment of whoever runs the tests; the model is stories260K."""
     for name in list(os.environ):
         if name.startswith("STREAMLLM_"):
             monkeypatch.delenv(name)
     (tmp_path / "config.toml").write_text("")
     monkeypatch.setenv("STREAMLLM_CONFIG", str(tmp_path / "config.toml"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("STREAMLLM_MODEL", str(STORIES))
 
 
 def run(*arguments: str, stdin: bytes | str = "") -> tuple[int, str, str]:
@@ -67,7 +69,7 @@ def finish(process: subprocess.Popen[bytes], stdin: bytes | None = None) -> tupl
 
 def test_the_answer_is_on_stdout_and_equals_the_librarys() -> None:
     """Reference: ``streamllm.generate`` with the same options; stdout carries nothing else."""
-    model, tokenizer = streamllm.load()
+    model, tokenizer = streamllm.load(STORIES)
     greedy = streamllm.SamplingConfig(temperature=0)
     want = streamllm.generate(model, tokenizer, PROMPT, sampling=greedy, max_tokens=60)
     assert run("run", "--temperature", "0", "-n", "60", PROMPT) == (0, want, "")
@@ -313,7 +315,7 @@ def test_ctrl_c_while_an_endless_pipe_is_read_saves_what_was_read(tmp_path: Path
         assert pipe is not None
         pipe.close()
     assert code == 130
-    model, _ = streamllm.load()
+    model, _ = streamllm.load(STORIES)
     assert streamllm.load_state(path, model).cache.tokens_seen > 0
 
 

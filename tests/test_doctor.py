@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MptConfig, MptForCausalLM
 
+from stories import STORIES
 from streamllm import doctor, models
 from streamllm.cache import SinkCache
 from streamllm.config import CacheConfig
@@ -48,15 +49,15 @@ def test_the_embedded_model_fits_and_the_report_has_its_facts() -> None:
 
 
 def test_the_planned_bytes_are_those_that_the_full_cache_takes() -> None:
-    model, _ = models.load()
+    model, _ = models.load(STORIES)
     cache = SinkCache(model, 2, 20, 5)
     with torch.no_grad():
         model(input_ids=torch.arange(3, 103)[None], past_key_values=cache)
-    assert examine(config=CacheConfig(2, 20, 5)).to_dict()["cache_bytes"] == cache.bytes
+    assert examine(STORIES, config=CacheConfig(2, 20, 5)).to_dict()["cache_bytes"] == cache.bytes
 
 
 def test_a_person_reads_sums_and_units() -> None:
-    rows = dict(examine(config=CacheConfig(sinks=4, window=200, block=16)).rows())
+    rows = dict(examine(STORIES, config=CacheConfig(sinks=4, window=200, block=16)).rows())
     assert rows["cache"].startswith("4 sinks + 200 window + 15 block slack = 219 tokens, ")
     assert rows["cache"].endswith("kB")
     assert rows["trained length"] == "512 tokens"
@@ -102,7 +103,7 @@ def test_missing_files_and_a_window_beyond_the_trained_length_are_errors_not_ver
     with pytest.raises(ModelFilesError, match=r"no config\.json"):
         examine(tmp_path)
     with pytest.raises(ConfigError, match="trained on 512 positions, you asked for a window of 4096"):
-        examine(config=CacheConfig(window=4096))
+        examine(STORIES, config=CacheConfig(window=4096))
 
 
 def test_every_accelerator_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import streamllm
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "streamllm"
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 PUBLIC = {
@@ -82,7 +82,7 @@ def test_the_version_stands_in_one_place() -> None:
     assert ROOT / PROJECT["tool"]["hatch"]["version"]["path"] == PACKAGE / "__init__.py"
     assert Version(streamllm.__version__)
     quoted = re.compile(rf"""["']{re.escape(streamllm.__version__)}["']""")
-    assert [file.name for file in MODULES if quoted.search(file.read_text(encoding="utf-8"))] == ["__init__.py"]
+    assert [file for file in MODULES if quoted.search(file.read_text(encoding="utf-8"))] == [PACKAGE / "__init__.py"]
 
 
 def test_the_installed_version_is_the_one_in_the_source() -> None:
@@ -111,15 +111,26 @@ def test_every_module_says_what_it_is(file: Path) -> None:
     assert doc.splitlines()[0].endswith((".", ":", "?"))
 
 
-def test_every_module_has_its_place_in_the_layers() -> None:
-    (contract,) = (c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers")
+LAYERS = [contract for contract in PROJECT["tool"]["importlinter"]["contracts"] if contract["type"] == "layers"]
+
+
+@pytest.mark.parametrize("contract", LAYERS, ids=lambda contract: contract["containers"][0])
+def test_every_module_has_its_place_in_the_layers(contract: dict[str, Any]) -> None:
     assert contract["exhaustive"] is True
     placed = [name.strip() for layer in contract["layers"] for name in layer.split("|")]
-    assert sorted(placed) == sorted(file.stem for file in MODULES if file.stem != "__init__")
+    folder = PACKAGE.parent.joinpath(*contract["containers"][0].split("."))
+    modules = [file for file in MODULES if file.parent == folder and file.stem != "__init__"]
+    packages = [file.parent for file in MODULES if file.parent.parent == folder]
+    assert sorted(placed) == sorted({file.stem for file in [*modules, *packages]})
+
+
+def test_every_package_has_its_layers() -> None:
+    folders = {".".join(file.parent.relative_to(PACKAGE.parent).parts) for file in MODULES}
+    assert sorted(contract["containers"][0] for contract in LAYERS) == sorted(folders)
 
 
 def test_contributing_draws_the_layers_as_the_contract_has_them() -> None:
-    (contract,) = (c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers")
+    contract = LAYERS[0]
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     drawn = next(block for block in re.findall(r"```text\n(.*?)```", text, re.S) if block.startswith("__main__"))
     assert [re.split(r"\s{2,}", line)[0] for line in drawn.splitlines()] == contract["layers"]
@@ -130,7 +141,7 @@ def test_no_file_names_a_folder_of_the_machine_it_was_written_on() -> None:
     folders = ["work/", "root/", "home/[a-z]", "Users/[A-Za-z]", "tmp/[A-Za-z0-9]", "opt/[a-z]"]
     pattern = re.compile(r"(?<![\w.:/*\\-])/(?:" + "|".join(folders) + ")")
     texts = [ROOT / name for name in ("Makefile", "pyproject.toml", "constraints.txt")]
-    texts += [file for name in ("src", "tests", "benchmarks", "docs") for file in (ROOT / name).rglob("*")]
+    texts += [file for name in ("src", "tests", "benchmarks", "recipes", "docs") for file in (ROOT / name).rglob("*")]
     texts += ROOT.glob("*.md")
     found = [
         f"{file.relative_to(ROOT)}: {line.strip()}"
@@ -150,6 +161,7 @@ REQUIREMENTS = [
     requirement
     for group in (PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values())
     for requirement in group
+    if Requirement(requirement).name != "streamllm"
 ]
 
 
@@ -172,7 +184,8 @@ def test_the_tested_set_pins_every_dependency_within_its_range(requirement: str)
 
 def test_every_package_that_the_source_imports_is_a_dependency() -> None:
     """Imports under ``TYPE_CHECKING`` count too: a type checker needs the package as well."""
-    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["project"]["dependencies"]}
+    groups = (PROJECT["project"]["dependencies"], PROJECT["project"]["optional-dependencies"]["train"])
+    declared = {canonicalize_name(Requirement(text).name) for group in groups for text in group}
     imported = set()
     for file in MODULES:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""The stream loop on the embedded model: real text, end tokens, stop strings, breaking off and going on."""
+"""The stream loop on stories260K: real text, end tokens, stop strings, breaking off and going on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import streamllm
 from families import FAMILIES
+from stories import STORIES
 from streamllm.cache import SinkCache
 from streamllm.config import SamplingConfig
 from streamllm.detokenize import Decoder
@@ -29,7 +30,7 @@ PROMPT = "Once upon a time, there was a little"
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load()
+    return load(STORIES)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from hub_stub import hub
+from stories import STORIES
 from streamllm import models
 from streamllm.checkpoint import shown, size, weights_bytes
 from streamllm.errors import ConfigError, ModelFilesError, ModelNotFoundError, UnsupportedModelError
@@ -325,10 +326,10 @@ def test_an_unknown_dtype_is_refused_with_the_list_of_known_ones() -> None:
 
 
 def test_the_size_of_the_weights_is_known_from_the_headers() -> None:
-    model, _ = models.load()
+    model, _ = models.load(STORIES)
     real = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert weights_bytes(EMBEDDED) == weights_bytes(EMBEDDED, "float32") == real
-    assert weights_bytes(EMBEDDED, "bfloat16") * 2 == real
+    assert weights_bytes(STORIES) == weights_bytes(STORIES, "float32") == real
+    assert weights_bytes(STORIES, "bfloat16") * 2 == real
 
 
 @pytest.mark.parametrize(
@@ -371,10 +372,10 @@ def test_auto_takes_the_accelerator_where_there_is_one(monkeypatch: pytest.Monke
     Backend = namedtuple("Backend", "is_available")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends, "mps", Backend(lambda: True))
-    assert models._device("auto").type == "mps"
+    assert models.find_device("auto").type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert models._device("auto").type == "cuda"
+    assert models.find_device("auto").type == "cuda"
 
 
 def test_sizes_are_written_with_a_unit() -> None:

@@ -16,7 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 import streamllm
+from stories import STORIES
 from streamllm import models
+from streamllm.checkpoint import EMBEDDED
 from streamllm.cli import app
 from streamllm.config import CacheConfig, SamplingConfig
 from streamllm.console import PIECE_CHARS, Screen
@@ -32,7 +34,7 @@ def job(**changes: Any) -> Job:
     return Job(
         **{
             "prompt": "",
-            "model": None,
+            "model": str(STORIES),
             "device": "cpu",
             "dtype": "auto",
             "cache": CacheConfig(),
@@ -91,7 +93,7 @@ def test_ctrl_c_while_a_prompt_is_read_stops_reading_and_saves(
     path = tmp_path / "a.stream"
     assert job(max_tokens=0, save=path).run() == 130
     assert len(pipe.pieces) == 1
-    model, tokenizer = streamllm.load()
+    model, tokenizer = streamllm.load(STORIES)
     seen = streamllm.load_state(path, model).cache.tokens_seen
     first, both = (len(tokenizer("".join(map(bytes.decode, p)))["input_ids"]) for p in (pieces[:1], pieces[:3:2]))
     assert first - 2 * PIECE_CHARS <= seen <= both
@@ -138,22 +140,22 @@ def test_a_stdout_that_fails_is_an_error_only_after_the_stream_is_saved(
     path = tmp_path / "a.stream"
     with pytest.raises(StreamLLMError, match="No space left"):
         job(prompt="Once upon a time", save=path).run()
-    model, _ = models.load()
+    model, _ = models.load(STORIES)
     assert len(streamllm.load_state(path, model).cache.unread) == 1
 
 
 def test_endless_never_draws_the_end_of_a_chat_models_reply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Reference: the same weights without a chat template, which pass the end of a story with the same seed."""
-    folder = Path(shutil.copytree(models.locate(), tmp_path / "chat"))
+    folder = Path(shutil.copytree(STORIES, tmp_path / "chat"))
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    ends = end_ids(*models.load())
+    ends = end_ids(*models.load(STORIES))
     drawn = {}
-    for name in (None, str(folder)):
+    for name in (str(STORIES), str(folder)):
         options = {"model": name, "sampling": SamplingConfig(seed=11), "max_tokens": 600, "endless": True, "json": True}
         job(prompt="Once upon a time", **options).run()
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         drawn[name] = {line["id"] for line in lines if "id" in line}
-    assert drawn[None] & ends
+    assert drawn[str(STORIES)] & ends
     assert not drawn[str(folder)] & ends
 
 
@@ -163,11 +165,11 @@ def test_a_person_sees_what_runs_and_how_to_go_on(
     """Reference: the sum that the banner must show; on a terminal the answer ends with a line feed."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     path = tmp_path / "a.stream"
-    job(prompt="Once upon a time", quiet=False, verbose=True, stats=True, save=path).run()
+    job(model=None, prompt="Once upon a time", quiet=False, verbose=True, stats=True, save=path).run()
     out, err = capsys.readouterr()
     assert out.endswith("\n")
     lines = err.splitlines()
-    assert lines[0].startswith("stories260K · 4 sinks + 252 window + 63 block slack = 319 tokens, ")
+    assert lines[0].startswith(f"{EMBEDDED} · 4 sinks + 252 window + 63 block slack = 319 tokens, ")
     assert lines[0].endswith(" · float32 on cpu")
     assert "forgotten" in lines[1]
     assert lines[2] == f"saved to {path}; go on with --resume {path}"

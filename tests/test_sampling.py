@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import streamllm
+from stories import STORIES
 from streamllm.config import SamplingConfig
 from streamllm.errors import ConfigError, StateError, StreamLLMError
 from streamllm.sampling import Sampler
@@ -31,8 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    folder = Path(streamllm.__file__).parent / "embedded" / "stories260K"
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(STORIES)
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that the tests need, made here or embedded; no network.
+"""Small tokenizers of every kind that the tests need, made here or stored here; no network.
 
 All are trained on the same few lines, with runs of one letter, of digits and of spaces among them, so that runs have
 long tokens and a stretch that begins out of step stays out of step.
@@ -7,13 +7,12 @@ long tokens and a stretch that begins out of step stays out of step.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-import streamllm
+from stories import STORIES
 
 CORPUS = [
     "Once upon a time there was a little girl named Lily. She loved to play with her red ball.",
@@ -76,9 +75,8 @@ def metaspace(kind: str = "first") -> PreTrainedTokenizerBase:
 
 @functools.cache
 def stories() -> PreTrainedTokenizerBase:
-    """The tokenizer of the embedded model."""
-    folder = Path(streamllm.__file__).parent / "embedded" / "stories260K"
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    """The tokenizer of stories260K."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(STORIES)
     return tokenizer
 
 

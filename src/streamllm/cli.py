@@ -1,4 +1,4 @@
-"""The commands: ``run``, ``doctor``, ``config``.
+"""The commands: ``run``, ``train``, ``doctor``, ``config``.
 
 They turn flags into calls and results into lines; every rule stands elsewhere. Heavy modules are imported inside the
 commands, so that ``--help`` and ``--version`` answer at once. Errors leave as exceptions: ``__main__`` has the one
@@ -20,6 +20,9 @@ from streamllm.console import Answer, Screen
 from streamllm.errors import ConfigError, InputError
 from streamllm.run import Job
 from streamllm.settings import SETTINGS, read_settings, settings_file
+from streamllm.train.corpus import Source
+from streamllm.train.job import TrainJob
+from streamllm.train.recipe import Recipe
 
 _SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
 
@@ -88,7 +91,7 @@ def top(
     except ConfigError as error:
         ctx.obj = error  # raised by the command itself, so that --help works beside a broken file
     else:
-        ctx.default_map = dict.fromkeys(("run", "doctor"), values)
+        ctx.default_map = dict.fromkeys(("run", "train", "doctor"), values)
 
 
 @app.command()
@@ -153,6 +156,79 @@ def run(
         json=json,
         quiet=quiet,
         verbose=verbose,
+    )
+    raise typer.Exit(job.run())
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    files: Annotated[list[str] | None, typer.Argument(metavar="FILES", help="More text, as with --data.")] = None,
+    data: Annotated[
+        list[str] | None,
+        _one_off("--data", help="Text: .txt or .jsonl, also .xz .gz .bz2 .zst; FILE:3 counts it three times."),
+    ] = None,
+    out: Annotated[Path | None, _one_off("--out", help="Folder of the model; must not exist.")] = None,
+    size: Annotated[str, _one_off("--size", help="toy, tiny, small, medium or base.")] = Recipe.size,
+    sink: Annotated[str, _one_off("--sink", help="token, zero or none: what idle heads attend to.")] = Recipe.sink,
+    minutes: Annotated[float | None, _one_off("--minutes", help="How long to train, about.")] = None,
+    tokens: Annotated[int | None, _one_off("--tokens", help="How much to train on, instead.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    heldout: Annotated[
+        list[str] | None, _one_off("--heldout", help="Text to measure on; the ends of the files if left out.")
+    ] = None,
+    tokenizer: Annotated[Path | None, _one_off("--tokenizer", help="tokenizer.json to use, not a new one.")] = None,
+    hidden: Annotated[int | None, _one_off("--hidden", help="Width, if not that of the size.")] = None,
+    layers: Annotated[int | None, _one_off("--layers", help="Depth, if not that of the size.")] = None,
+    heads: Annotated[int | None, _one_off("--heads", help="Heads, if not those of the size.")] = None,
+    kv_heads: Annotated[int | None, _one_off("--kv-heads", help="Heads of keys and values.")] = None,
+    intermediate: Annotated[int | None, _one_off("--intermediate", help="Width of the feed-forward.")] = None,
+    vocabulary: Annotated[int | None, _one_off("--vocabulary", help="Ids of a new tokenizer.")] = None,
+    context: Annotated[int | None, _one_off("--context", help="Tokens of a sequence.")] = None,
+    optimizer: Annotated[str, _one_off("--optimizer", help="muon or adamw.")] = Recipe.optimizer,
+    learning_rate: Annotated[
+        float, _one_off("--learning-rate", help="At its highest, after the warm-up.")
+    ] = Recipe.learning_rate,
+    weight_decay: Annotated[float, _one_off("--weight-decay", help="Of matrices.")] = Recipe.weight_decay,
+    batch_tokens: Annotated[int, _one_off("--batch-tokens", help="Tokens of one step.")] = Recipe.batch_tokens,
+    warmup: Annotated[float, _one_off("--warmup", help="Share of the run.")] = Recipe.warmup,
+    final: Annotated[float, _one_off("--final", help="Learning rate at the end, as a share.")] = Recipe.final,
+    clip: Annotated[float, _one_off("--clip", help="Largest norm of the gradient.")] = Recipe.clip,
+    seed: Annotated[int, _setting("seed")] = Recipe.seed,
+    dtype: Annotated[str, _one_off("--train-dtype", help="auto, float32 or bfloat16.")] = Recipe.dtype,
+    save_dtype: Annotated[str, _one_off("--save-dtype", help="float32, bfloat16 or float16.")] = "float32",
+    compiles: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the model, if there is a C++ compiler.")
+    ] = True,
+    measures: Annotated[int, _one_off("--measures", help="How often to measure on held-out text.")] = 24,
+    device: Device = SETTINGS["device"].default,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small model from scratch on plain text.
+
+    Its sequences begin with a sink token, so that it can stream with that one token pinned.
+    """
+    _begin(ctx)
+    if out is None:
+        raise ConfigError("Name the folder of the model with --out.")
+    fields = {name: value for name, value in ctx.params.items() if name in Recipe.__dataclass_fields__}
+    job = TrainJob(
+        recipe=Recipe(**fields),
+        explicit=frozenset(name for name in ctx.params if _source(ctx, name) == "flag"),
+        data=tuple(Source.parse(text) for text in (*(data or ()), *(files or ()))),
+        held_out=tuple(Source.parse(text) for text in heldout or ()),
+        out=out,
+        minutes=minutes,
+        tokenizer=tokenizer,
+        device=device,
+        save_dtype=save_dtype,
+        compiles=compiles,
+        resume=resume,
+        measures=measures,
+        json=json,
+        quiet=quiet,
     )
     raise typer.Exit(job.run())
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ PIECE_CHARS = 1024
 
 PATIENCE = 1.0
 """Seconds of reading a prompt before a person is told about it."""
+
+REPORT_SECONDS = 30.0
+"""Between two lines about a long work, where there is no terminal to draw a bar on."""
 
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -131,6 +134,7 @@ class Screen:
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self.talks = not quiet and (verbose or self.is_terminal)
+        self.is_quiet = quiet
         self._spins = not quiet and self.is_terminal
         self._status: Status | None = None
 
@@ -174,6 +178,37 @@ class Screen:
         with suppress(OSError):
             sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else text + "\n")
             sys.stderr.flush()
+
+    @contextmanager
+    def bar(self, total: int, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+        """Show how far a long work is; what is given is to be called with the steps done and a few words.
+
+        A bar with the time left on a terminal, a line now and then elsewhere.
+        """
+        if not self._spins:
+            yield self._report_lines(total, done)
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.settle()
+        columns = (BarColumn(), TextColumn("{task.percentage:.1f} %  {task.description}"), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=total, completed=done)
+            yield lambda now, words: progress.update(task, completed=now, description=words)
+
+    def _report_lines(self, total: int, done: int) -> Callable[[int, str], None]:
+        began = last = time.monotonic()
+
+        def report(now: int, words: str) -> None:
+            nonlocal last
+            if self.is_quiet or (time.monotonic() - last < REPORT_SECONDS and now < total):
+                return
+            last = time.monotonic()
+            left = (last - began) / max(1, now - done) * (total - now)
+            self.line(f"{now} of {total} · {words} · {left / 60:.0f} min left")
+
+        return report
 
     def watch(self, pieces: Iterable[str], signals: Signals, note: Any) -> Iterator[str]:
         """Hand on the pieces of a prompt, cut small, until a signal comes; show ``note()`` if it takes long."""

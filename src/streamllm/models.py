@@ -50,13 +50,16 @@ def load(
     if dtype not in DTYPES:
         raise ConfigError(f"There is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     folder = resolve(name)
-    place = _device(device)
+    from streamllm import zero_sink
+
+    place = find_device(device)
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     _check_memory(folder, place, dtype)
-    with _quiet_libraries():
+    with quiet_libraries():
         tokenizer = _load_tokenizer(folder)
         model = _load_weights(folder, dtype)
+        zero_sink.switch_on(model)
         try:
             model.to(place)  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:
@@ -72,7 +75,7 @@ def resolve(name: str | Path | None = None) -> Path:
         ModelNotFoundError, ModelFilesError, UnsupportedModelError: as ``load``.
     """
     folder = locate(name)
-    with _quiet_libraries():
+    with quiet_libraries():
         checkpoint.check(folder)
     return folder
 
@@ -206,8 +209,12 @@ def _numbers(file: Path, key: str | None = None) -> dict[str, int]:
 # ---- loading
 
 
-def _device(name: str) -> torch.device:
-    """The device that a name stands for, if this machine has it."""
+def find_device(name: str) -> torch.device:
+    """Return the device that a name stands for, if this machine has it.
+
+    Raises:
+        ConfigError: there is no such device, here or anywhere.
+    """
     import torch
 
     if name == "auto":
@@ -265,8 +272,8 @@ def _load_weights(folder: Path, dtype: str) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep transformers from writing bars and warnings to stderr; every failure here is raised as an error."""
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers from writing bars and warnings to stderr; every failure is raised as an error."""
     import huggingface_hub.utils
     import transformers.utils.logging
 

@@ -6,11 +6,9 @@ from a file equals never having stopped, bit for bit on the same machine. No ser
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from streamllm.atomic import replacing
 from streamllm.cache import SinkCache
 from streamllm.detokenize import Decoder
 from streamllm.errors import ConfigError, StateError
@@ -70,23 +69,12 @@ def save_state(
         "metadata": metadata or {},
     }
     contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        save_file(contiguous, temporary, metadata={"streamllm": json.dumps(header)})
-        with Path(temporary).open("rb") as file:
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        temporary = None
-        _sync_folder(path.parent)
+        with replacing(path) as temporary:
+            save_file(contiguous, temporary, metadata={"streamllm": json.dumps(header)})
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise StateError(f"Cannot save the stream to {path}: {reason}. Choose another place with --save.") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
 
 
 def load_state(
@@ -142,13 +130,3 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(header, dict):
         raise StateError(f"The header of {path} is damaged; it cannot be resumed.")
     return header, tensors
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename last through a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,0 +1,1 @@
+"""The paper's evaluations, on the library's own stream."""

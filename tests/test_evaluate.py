@@ -1,0 +1,80 @@
+"""Losses along a stream and attention on the first token, against the model itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
+
+from families import FAMILIES
+from streamllm import SinkCache
+from streamllm.evaluate.attention import sink_mass
+from streamllm.evaluate.perplexity import perplexity, stream_losses
+from test_zero_sink import make as make_zero
+
+SIZES = {"sinks": 2, "window": 14, "block": 4}
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return FAMILIES["llama"].make(trained=64, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(50, (3, 120), generator=torch.Generator().manual_seed(0))
+
+
+def test_losses_are_those_of_reading_one_token_at_a_time(model, ids) -> None:
+    """Reference: a loop over single tokens, each row with a cache of its own; the chunks change nothing."""
+    expected = []
+    for row in ids:
+        cache = SinkCache(model, *SIZES.values())
+        with torch.no_grad():
+            logits = [model(token[None, None], past_key_values=cache).logits[0, 0] for token in row[:-1]]
+        expected.append(cross_entropy(torch.stack(logits).float(), row[1:], reduction="none"))
+    for chunk in (1, 7, 64):
+        got = torch.cat(list(stream_losses(model, ids, **SIZES, chunk=chunk)), dim=1)
+        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_losses_within_the_window_are_the_dense_ones(model, ids) -> None:
+    """Reference: one dense forward."""
+    short = ids[:, :16]
+    with torch.no_grad():
+        logits = model(short).logits.float()
+    expected = cross_entropy(logits[:, :-1].transpose(1, 2), short[:, 1:], reduction="none")
+    got = torch.cat(list(stream_losses(model, short, **SIZES)), dim=1)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_perplexity_is_that_of_a_fair_choice() -> None:
+    """Reference: a loss of log 7 is that of a choice among seven."""
+    assert perplexity(torch.full((2, 5), math.log(7))) == pytest.approx(7)
+
+
+def test_sink_mass_is_what_the_model_says_itself(model, ids) -> None:
+    """Reference: the attention weights that eager attention gives out."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = torch.stack(model(ids, output_attentions=True).attentions)  # [L, B, H, T, T]
+    model.set_attn_implementation("sdpa")
+    first, nothing = sink_mass(model, ids, skip=10)
+    torch.testing.assert_close(first.double(), weights[:, :, :, 10:, 0].mean((1, 3)), rtol=1e-5, atol=1e-6)
+    assert not nothing.any()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_with_a_zero_sink_what_falls_on_nothing_is_what_is_left(ids) -> None:
+    """Reference: the logits, which the watching must not change, and the sum of the shares of a lone token."""
+    model = make_zero()
+    with torch.no_grad():
+        before = model(ids).logits
+    first, nothing = sink_mass(model, ids[:, :1], skip=0)
+    torch.testing.assert_close(first + nothing, torch.ones_like(first))
+    assert nothing.min() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, before)
