@@ -34,6 +34,7 @@ bench: $(READY)  ## speed and memory; writes docs/results/
 	$(BIN)/python benchmarks/endless.py --threads 1
 	$(BIN)/python benchmarks/pipe.py --threads 1
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/training.py
 
 docs: $(READY)  ## tables that are made from the tests
 	$(BIN)/python -m pytest -q tests/test_laws.py --families-table docs/families.md

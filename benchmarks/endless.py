@@ -1,6 +1,6 @@
 """Is an endless stream as fast and as small at token 100,000 as at token 2,000?
 
-The story model that comes with streamllm writes on and on; chunks are dropped as they come. Around each mark, 2,000
+The model stories260K writes on and on; chunks are dropped as they come. Around each mark, 2,000
 tokens are timed in blocks of 64, one eviction in each: wall time, and processor time of all threads, per token. The
 median over the blocks counts, the least is shown beside it; the record has the mean too, in which the blocks with a
 rebase weigh more. The process's memory is read at the mark, after a garbage
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from memory import rss_bytes
-from record import begin_record, target_path
+from record import STORIES, begin_record, target_path
 from target import Target, print_targets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -249,9 +249,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
-    model, tokenizer = streamllm.load()
+    model, tokenizer = streamllm.load(STORIES)
     dtype = str(model.dtype).removeprefix("torch.")
-    record = begin_record("endless", argv, "stories260K, embedded", dtype)
+    record = begin_record("endless", argv, "stories260K", dtype)
     figures, targets = measure(model, tokenizer, setting)
     record.figures.update(figures)
     show(figures, targets)

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any, BinaryIO
 
 from memory import rss_bytes
-from record import begin_record, target_path
+from record import STORIES, begin_record, target_path
 from target import Target, print_targets
 
 MEGABYTE = 1_000_000
@@ -105,7 +105,8 @@ def measure(batches: Iterator[bytes], every: float, threads: int | None = None) 
     Raises:
         RuntimeError: the command failed.
     """
-    command = [sys.executable, "-m", "streamllm", "run", "--max-tokens", "10", "--seed", "1", "--json", "--quiet"]
+    command = [sys.executable, "-m", "streamllm", "run", "--model", str(STORIES), "--max-tokens", "10"]
+    command += ["--seed", "1", "--json", "--quiet"]
     environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         began = time.perf_counter()
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = int((0.02 if options.quick else options.mb) * MEGABYTE)
     pieces = made_up_stories() if options.text is None else repeat_file(options.text)
 
-    record = begin_record("pipe", argv, "stories260K, embedded", "float32")
+    record = begin_record("pipe", argv, "stories260K", "float32")
     if options.threads is not None:
         record.machine["threads"] = options.threads
     figures = measure(cut(pieces, size), options.every, options.threads)

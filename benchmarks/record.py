@@ -23,6 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 
+STORIES = ROOT / "tests" / "models" / "stories260K"
+"""The small model of others that long streams are measured on."""
+
 BUSY = 0.5
 """Load, in the minute before, from which on times are worth little."""
 

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 POINT = 10_000
 """Tokens that a point of the curve averages over."""
 
+PINNED_TOKENS = 200_000
+"""Of the text, to compare caches with fewer and more initial tokens."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write down."""
@@ -108,11 +111,12 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, options: argparse.Namespa
     fresh_ids = torch.cat([begin, ids[:, -(last + options.before) :]], dim=1)
     fresh = torch.cat(list(stream_losses(model, fresh_ids, sinks=options.sinks, **cache)), dim=1)[0].double().numpy()
     pinned = {}
-    for sinks in (0, 1, 2, 4):
-        part = ids[:, : min(ids.shape[1], 200_000)]
-        found = torch.cat(list(stream_losses(model, part, sinks=sinks, window=256 - sinks, block=1)), dim=1)
-        pinned[f"{sinks}+{256 - sinks}"] = math.exp(float(found.double().mean()))
     trained = model.config.max_position_embeddings
+    size = trained // 2
+    for sinks in (0, 1, 2, 4):
+        part = ids[:, :PINNED_TOKENS]
+        found = torch.cat(list(stream_losses(model, part, sinks=sinks, window=size - sinks, block=1)), dim=1)
+        pinned[f"{sinks}+{size - sinks}"] = math.exp(float(found.double().mean()))
     dense = dense_losses(model, ids[:, : options.dense * trained + 1])
     compared = stream[: len(dense)]
     return {

@@ -20,6 +20,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers
 
+from stories import STORIES
+
 # Tiny models gain nothing from a second thread, and on a busy machine each would wait for the other.
 torch.set_num_threads(1)
 
@@ -148,3 +150,38 @@ def _largest(values: Iterable[object]) -> str:
     if not numbers:
         return ""
     return f"{max(numbers):.0e}" if max(numbers) else "0"
+
+
+# ---- what several files of tests need
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither the settings nor the environment of whoever runs the tests; the model is stories260K."""
+    for name in list(os.environ):
+        if name.startswith("STREAMLLM_"):
+            monkeypatch.delenv(name)
+    (tmp_path / "config.toml").write_text("")
+    monkeypatch.setenv("STREAMLLM_CONFIG", str(tmp_path / "config.toml"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("STREAMLLM_MODEL", str(STORIES))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that even a toy learns."""
+    from toys import write_text
+
+    return write_text(tmp_path_factory.mktemp("text") / "stories.txt")
+
+
+@pytest.fixture(scope="session")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A toy of each kind."""
+    from toys import train
+
+    folder = tmp_path_factory.mktemp("models")
+    for sink in ("token", "zero", "none"):
+        code, out, _ = train(text, folder / sink, "--sink", sink)
+        assert (code, out) == (0, "")
+    return {sink: folder / sink for sink in ("token", "zero", "none")}

@@ -234,3 +234,17 @@ def test_a_target_is_met_up_to_its_limit(
     """Reference: by hand."""
     target = script("target").Target("x", value, limit, at_least)
     assert target.to_dict() == {"name": "x", "value": value, "target": shown, "is_met": is_met}
+
+
+def test_training_counts_the_operations_of_the_matrix_products(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reference: the operations of a step are those that the recipe counts, which has its own test."""
+    record = run(training := script("training"), tmp_path, capsys)
+    for figures in record["figures"]["runs"].values():
+        assert figures["share"] == pytest.approx(figures["gflops"] / figures["matmul_gflops"], rel=0.02)
+        assert figures["compiled"] is False
+    shape = training.Recipe(size="toy").shape
+    products = sum(2 * count * wide * out for count, wide, out in training.products(shape))
+    attention = 2 * shape.layers * shape.context * shape.hidden
+    assert 3 * (products + attention) == shape.flops_per_token()

@@ -23,16 +23,7 @@ from streamllm.errors import StreamLLMError
 PROMPT = "Once upon a time"
 
 
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither the settings nor the environment of whoever runs the tests; the model is stories260K."""
-    for name in list(os.environ):
-        if name.startswith("STREAMLLM_"):
-            monkeypatch.delenv(name)
-    (tmp_path / "config.toml").write_text("")
-    monkeypatch.setenv("STREAMLLM_CONFIG", str(tmp_path / "config.toml"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("STREAMLLM_MODEL", str(STORIES))
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 def run(*arguments: str, stdin: bytes | str = "") -> tuple[int, str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import signal
 import time
@@ -21,27 +20,10 @@ from streamllm.console import Signals
 from streamllm.train import job as job_module
 from streamllm.train.saved_run import SavedRun
 from streamllm.zero_sink import ZERO_SINK
-from test_command import no_settings, run, spawn
+from test_command import run, spawn
+from toys import FLAGS, WORDS, train
 
-assert no_settings  # the fixture serves here too
-
-FLAGS = ("--size", "toy", "--vocabulary", "320", "--context", "32", "--batch-tokens", "256", "--train-dtype", "float32")
-WORDS = "Lily Tom saw had a big red ball dog and ran to the park with mom one day happy sad little".split()  # noqa: SIM905
-FLAGS += ("--no-compile", "--measures", "2", "--quiet")
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short stories of a few words."""
-    draw = random.Random(0)
-    stories = [" ".join(draw.choices(WORDS, k=30)) + "." for _ in range(400)]
-    file = tmp_path_factory.mktemp("text") / "stories.txt"
-    file.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
-    return file
-
-
-def train(text: Path, out: Path, *flags: str, tokens: int = 6000) -> tuple[int, str, str]:
-    return run("train", "--data", str(text), "--out", str(out), "--tokens", str(tokens), *FLAGS, *flags)
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 def log(out: Path) -> list[dict[str, Any]]:
@@ -66,16 +48,6 @@ class After(Signals):
     @received.setter
     def received(self, value: int | None) -> None:
         pass
-
-
-@pytest.fixture(scope="session")
-def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A toy of each kind."""
-    folder = tmp_path_factory.mktemp("models")
-    for sink in ("token", "zero", "none"):
-        code, out, _ = train(text, folder / sink, "--sink", sink)
-        assert (code, out) == (0, "")
-    return {sink: folder / sink for sink in ("token", "zero", "none")}
 
 
 @pytest.mark.parametrize("sink", ["token", "zero", "none"])
