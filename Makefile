@@ -11,6 +11,8 @@ STORIES := $(DATA)/stories/decoding_gpt_tinystories_10k.txt $(DATA)/stories/jlen
 STORIES_HELD_OUT := $(DATA)/stories/moe_routing_bench_tinystories_val.txt
 BOOKS_HELD_OUT := $(DATA)/books/heldout.jsonl.xz
 RUNS ?= runs
+EMBEDDED := --size small --layers 7 --heads 2 --kv-heads 1 --vocabulary 8192 --batch-tokens 8192 --tokens 20000000 \
+	--measures 12 --save-dtype bfloat16
 
 .PHONY: demo test check slow bench docs candidates embedded twins million clean
 
@@ -47,8 +49,8 @@ candidates: $(RUNS)/plain.jsonl.xz  ## compare recipes for the embedded model; w
 	$(BIN)/python recipes/candidates.py --stories $(STORIES) --books $< --heldout $(STORIES_HELD_OUT) $(BOOKS_HELD_OUT) --work $(RUNS)/candidates --minutes 2.5
 
 embedded: $(RUNS)/plain.jsonl.xz  ## train the embedded model anew, or go on with it
-	test -e $(RUNS)/embedded/training/run.json && $(BIN)/streamllm train --out $(RUNS)/embedded --resume || \
-	$(BIN)/streamllm train --out $(RUNS)/embedded $(EMBEDDED_RECIPE) --heldout $(STORIES_HELD_OUT) --heldout $(BOOKS_HELD_OUT) --data $(STORIES:%=%:8) $<
+	$(BIN)/streamllm train --out $(RUNS)/embedded $(EMBEDDED) --heldout $(STORIES_HELD_OUT) --heldout $(BOOKS_HELD_OUT) \
+		$(if $(wildcard $(RUNS)/embedded/training/run.json),--resume) --data $(STORIES:%=%:16) $<
 
 twins: $(READY)  ## the paper's table 3 at small scale, and when sinks appear; writes docs/results/
 	mkdir -p $(RUNS)/twins

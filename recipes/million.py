@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 import streamllm
 from streamllm.evaluate.perplexity import stream_losses
 from streamllm.reading import read_ids
-from streamllm.train.corpus import Source, read_file
+from streamllm.train.corpus import END_OF_TEXT, Source, read_file
 from streamllm.train.figure import save_figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -82,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def first_ids(tokenizer: PreTrainedTokenizerBase, file: Path, count: int) -> torch.Tensor:
     """[1, count] the first ids of the text, as a stream reads them."""
     found: list[int] = []
-    for ids in read_ids(tokenizer, (piece.text for piece in read_file(Source(file))), add_special_tokens=True):
+    for ids in read_ids(
+        tokenizer, (piece.text + END_OF_TEXT * piece.ends for piece in read_file(Source(file))), add_special_tokens=True
+    ):
         found += ids
         if len(found) >= count:
             return torch.tensor(found[:count])[None]
@@ -92,7 +94,7 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, file: Path, count: int) -> tor
 def measure(model: PreTrainedModel, ids: torch.Tensor, options: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     cache = {"window": options.window, "block": options.block}
-    begin = ids[:, :1]  # the sink token, if the model has one
+    begin = ids[:, : int(ids[0, 0] == model.config.bos_token_id)]  # the sink token, if the model has one
     losses: list[np.ndarray[Any, Any]] = []
     memory: list[int] = []
     began = time.perf_counter()

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamllm.atomic import replacing
 from streamllm.train.corpus import Source, read_file
 
 KNOWN = 5000
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ((order[number], book) for number, book in enumerate(books(options.books)) if number in chosen),
         key=lambda pair: pair[0],
     )
-    with lzma.open(options.out, "wt", encoding="utf-8", preset=1) as out:
+    with replacing(options.out) as temporary, lzma.open(temporary, "wt", encoding="utf-8", preset=1) as out:
         for place, book in picked:
             out.write(json.dumps(book, ensure_ascii=False) + "\n")
             if place < 10 or place == len(picked) - 1:

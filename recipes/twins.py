@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -76,16 +77,26 @@ def train(options: argparse.Namespace) -> None:
     """All three runs, each to its end; the tokenizer of the first serves all."""
     for sink in SINKS:
         folder = options.work / sink
-        command = [sys.executable, "-m", "streamllm", "train", "--out", str(folder)]
+        # A run that goes on is given the same flags, so that one of another recipe is refused.
+        command = [sys.executable, "-m", "streamllm", "train", "--out", str(folder), "--sink", sink]
+        command += ["--tokens", str(options.tokens), "--heldout", str(options.heldout), *options.flags.split()]
         if (folder / "training" / "run.json").exists():
             command += ["--resume"]
-        else:
-            command += ["--sink", sink, "--tokens", str(options.tokens), "--heldout", str(options.heldout)]
-            command += options.flags.split()
-            first = options.work / SINKS[0] / "training" / "tokenizer.json"
-            command += ["--tokenizer", str(first)] if sink != SINKS[0] else []
-            command += ["--data", *options.data]
-        subprocess.run(command, check=True)
+        elif sink != SINKS[0]:
+            command += ["--tokenizer", str(options.work / SINKS[0] / "training" / "tokenizer.json")]
+        call([*command, "--data", *options.data])
+
+
+def call(command: Sequence[str]) -> None:
+    """Run a command to its end; Ctrl-C, which it gets too, is its own affair."""
+    with subprocess.Popen(command) as process:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            code = process.wait()
+        finally:
+            signal.signal(signal.SIGINT, before)
+    if code:
+        raise SystemExit(code)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -20,8 +20,12 @@ RECIPE = Recipe(size="toy", tokens=1_000_000, vocabulary=777, learning_rate=0.00
 FACTS: dict[str, Any] = {
     "sources": [("stories.txt.xz", 3), ("books.jsonl", 1)],
     "corpus_tokens": 1234567,
-    "held_out": {"tales": {"loss": 2.34567, "bits_per_byte": 0.98765}},
-    "sinks": {"sink_mass": [0.123, 0.456], "perplexity": {"0+64": 99.5, "4+60": 12.25}},
+    "measured": {
+        "step": 1200,
+        "held_out": {"tales": {"loss": 2.34567, "bits_per_byte": 0.98765}},
+        "sink_mass": [0.123, 0.456],
+        "perplexity": {"0+64": 99.5, "4+60": 12.25},
+    },
     "seconds": 95.0,
     "machine": "2 cores",
     "dtype": "bfloat16",
@@ -89,7 +93,7 @@ def test_the_card_says_how_the_model_was_given_its_sink(sink: Any, words: str) -
 
 def test_a_card_without_figures_has_no_empty_table() -> None:
     """Reference: the headings that are left; all else is said as before."""
-    whole, bare = make_card(RECIPE, **FACTS), make_card(RECIPE, **{**FACTS, "held_out": {}, "sinks": None})
+    whole, bare = make_card(RECIPE, **FACTS), make_card(RECIPE, **{**FACTS, "measured": None})
     assert re.findall(r"^#+ \w+", bare, re.M) == ["# A", "## Data", "## Recipe", "## Limits"]
     assert "|---|" not in bare
     assert "Perplexity" not in bare

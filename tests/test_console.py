@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -259,3 +260,50 @@ def test_tables_are_aligned_and_bold_only_on_a_terminal(monkeypatch: pytest.Monk
         monkeypatch.delenv("NO_COLOR", raising=False)
         Answer().table(rows)
         assert stdout.getvalue().splitlines()[0] == f"{name}  1   flag"
+
+
+def test_a_bar_shows_how_far_a_long_work_is_also_where_its_steps_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: what was reported; with ten steps in a minute the time left is known, and is not a dash."""
+    now = [0.0]
+    monkeypatch.setattr("rich.console.monotonic", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = terminal_on_stderr(monkeypatch)
+    with Screen().bar(100, done=20) as advance:
+        for step in range(30, 60, 10):
+            now[0] += 60
+            advance(step, "loss 3.2")
+    shown = terminal.getvalue()
+    assert "50.0 %  loss 3.2" in shown
+    assert "left 0:05:00" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
+def test_without_a_terminal_lines_come_now_and_then_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the time between lines."""
+    now = [100.0]
+    monkeypatch.setattr("streamllm.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", out := io.StringIO())
+    with Screen().bar(10) as advance:
+        for step in range(1, 11):
+            now[0] += 12
+            advance(step, "loss 3.2")
+    assert out.getvalue().splitlines() == [
+        "3 of 10 · loss 3.2 · 1 min left",
+        "6 of 10 · loss 3.2 · 1 min left",
+        "9 of 10 · loss 3.2 · 0 min left",
+        "10 of 10 · loss 3.2 · 0 min left",
+    ]
+    with Screen(quiet=True).bar(1) as advance:
+        advance(1, "never seen")
+    assert "never" not in out.getvalue()
+
+
+def test_the_first_signal_says_what_happens_now(capfd: pytest.CaptureFixture[str]) -> None:
+    """Reference: the words that were given."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Signals() as signals:
+            signals.defer("saving first")
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err == "\nsaving first\n"

@@ -160,23 +160,26 @@ def test_files_of_one_weight_are_one_stretch(tokenizer: Tokenizer, tmp_path: Pat
 
 
 def test_the_end_of_each_stretch_is_parted_off() -> None:
-    """Reference: slices; a share where that is little, and no more than the bound."""
-    ids = np.arange(1000, dtype=np.uint16)
-    whole = Encoded(ids, [Stretch(0, 200, 2), Stretch(200, 1000, 1)], 5000)
-    kept, ends = whole.part(0.1, 50)
-    assert kept.stretches == [Stretch(0, 180, 2), Stretch(200, 950, 1)]
+    """Reference: slices; a share where that is little, and no more than the bound; what is too short is kept whole."""
+    ids = np.arange(1010, dtype=np.uint16)
+    whole = Encoded(ids, [Stretch(0, 200, 2), Stretch(200, 1000, 1), Stretch(1000, 1010, 3)], 5000)
+    kept, ends = whole.part(0.1, least=6, most=50, spell=lambda some: "é" * len(some))
+    assert kept.stretches == [Stretch(0, 180, 2), Stretch(200, 950, 1), Stretch(1000, 1010, 3)]
     assert kept.ids is ids
     assert list(ends) == ["held-out-0", "held-out-1"]
     for name, (begin, end) in {"held-out-0": (180, 200), "held-out-1": (950, 1000)}.items():
         assert ends[name].ids.tolist() == list(range(begin, end))
         assert ends[name].stretches == [Stretch(0, end - begin)]
-        assert ends[name].utf8_bytes == 5 * (end - begin)
+        assert ends[name].utf8_bytes == 2 * (end - begin)
 
 
 def test_one_stretch_has_one_end() -> None:
     """Reference: its name, without a number."""
-    _, ends = Encoded(np.arange(100, dtype=np.uint16), [Stretch(0, 100)], 300).part(0.1, 50)
-    assert list(ends) == ["held-out"]
+    whole = Encoded(np.arange(100, dtype=np.uint16), [Stretch(0, 100)], 300)
+    _, ends = whole.part(0.1, least=20, most=50, spell=str)
+    assert {name: len(end.ids) for name, end in ends.items()} == {"held-out": 20}
+    with pytest.raises(InputError, match="has 100 tokens, too few to hold 51 out for measuring"):
+        whole.part(0.1, least=51, most=60, spell=str)
 
 
 # ---- what goes wrong

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from families import FAMILIES
 from streamllm import SinkCache
@@ -69,12 +70,31 @@ def test_sink_mass_is_what_the_model_says_itself(model, ids) -> None:
 
 
 def test_with_a_zero_sink_what_falls_on_nothing_is_what_is_left(ids) -> None:
-    """Reference: the logits, which the watching must not change, and the sum of the shares of a lone token."""
-    model = make_zero()
+    """Reference: the logits while it is watched, which are those without; the literal softmax of the first layer."""
+    model, seen = make_zero(), []
+    handle = model.lm_head.register_forward_hook(lambda *call: seen.append(call[-1]))
     with torch.no_grad():
-        before = model(ids).logits
-    first, nothing = sink_mass(model, ids[:, :1], skip=0)
-    torch.testing.assert_close(first + nothing, torch.ones_like(first))
-    assert nothing.min() > 0
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, before)
+        expected = model(ids).logits
+        first, nothing = sink_mass(model, ids, skip=3)
+        torch.testing.assert_close(torch.cat(seen[1:]), expected, rtol=1e-5, atol=1e-5)
+        handle.remove()
+        block = model.model.layers[0]
+        x = block.input_layernorm(model.model.embed_tokens(ids))
+        cos, sin = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+        query, key = (
+            proj(x).unflatten(2, (-1, 8)).transpose(1, 2) for proj in (block.self_attn.q_proj, block.self_attn.k_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5
+        raised = scores.exp().tril()
+        weights = raised / (1 + raised.sum(-1, keepdim=True))
+    torch.testing.assert_close(first[0].double(), weights[:, :, 3:, 0].mean((0, 2)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(nothing[0].double(), 1 - weights[:, :, 3:].sum(-1).mean((0, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_reader_of_losses_is_not_in_inference_mode(model, ids) -> None:
+    """Reference: the mode before."""
+    losses = stream_losses(model, ids, **SIZES)
+    next(losses)
+    assert not torch.is_inference_mode_enabled()
+    losses.close()

@@ -44,7 +44,7 @@ def test_weights_are_counted_as_a_real_model_has_them(shape: Shape) -> None:
     assert shape.parameters() == llama(shape, "meta").num_parameters()
 
 
-@pytest.mark.parametrize("shape", [SMALL, dataclasses.replace(SMALL, layers=1, kv_heads=6, context=16)], ids=str)
+@pytest.mark.parametrize("shape", [SMALL, dataclasses.replace(SMALL, layers=1, kv_heads=6, context=32)], ids=str)
 def test_operations_are_counted_as_a_real_step_does_them(shape: Shape) -> None:
     """Reference: torch's own count of a forward and a backward.
 
@@ -133,7 +133,7 @@ def test_runs_without_a_fall_end_at_the_highest_rate(warmup: float, final: float
         ({"tokens": 1e9}, "tokens must be a whole number of at least 1, you gave 1000000000.0"),
         ({"layers": 0}, "layers must be a whole number of at least 1, you gave 0"),
         ({"vocabulary": 257}, "vocabulary must be a whole number of at least 258, you gave 257"),
-        ({"context": 7}, "context must be a whole number of at least 8, you gave 7"),
+        ({"context": 31}, "context must be a whole number of at least 32, you gave 31"),
         ({"batch_tokens": 511}, "batch_tokens must be a whole number of at least 512, you gave 511"),
         ({"seed": -1}, "seed must be a whole number of at least 0, you gave -1"),
         ({"seed": 2**63}, "seed must be below 2\\*\\*63, you gave 9223372036854775808"),
@@ -163,7 +163,7 @@ def test_what_cannot_be_computed_is_refused(changes: dict[str, Any], message: st
         {"warmup": 0, "final": 0, "weight_decay": 0},
         {"warmup": 1, "final": 1, "seed": 2**63 - 1, "clip": 1e9},
         {"batch_tokens": 512},
-        {"vocabulary": 258, "context": 8, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 2, "intermediate": 1},
+        {"vocabulary": 258, "context": 32, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 2, "intermediate": 1},
     ],
     ids=str,
 )

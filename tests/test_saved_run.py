@@ -23,7 +23,7 @@ from streamllm.train.saved_run import FORMAT, SavedRun
 from streamllm.train.sequences import Sequences, Stretch
 from streamllm.train.trainer import Trainer, make_model
 
-RECIPE = Recipe(size="toy", vocabulary=260, context=16, tokens=3000, batch_tokens=64, dtype="float32", seed=3)
+RECIPE = Recipe(size="toy", vocabulary=260, context=32, tokens=3000, batch_tokens=64, dtype="float32", seed=3)
 PLAN = {"format": FORMAT, "recipe": RECIPE.to_dict(), "data": [["a.txt", 1]], "held_out": [], "minutes": None}
 
 

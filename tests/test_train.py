@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamllm
 from streamllm import SamplingConfig, SinkCache
 from streamllm.console import Signals
+from streamllm.train import course as course_module
 from streamllm.train import job as job_module
 from streamllm.train.saved_run import SavedRun
 from streamllm.zero_sink import ZERO_SINK
@@ -138,11 +141,21 @@ def test_minutes_become_tokens_once(text: Path, tmp_path: Path, monkeypatch: pyt
     """Reference: the plan on disk, which a resumed run keeps."""
     out = tmp_path / "model"
     monkeypatch.setattr(job_module, "_tokens_in", lambda trainer, seconds: round(seconds * 10))
-    code, _, _ = run("train", "--data", str(text), "--out", str(out), "--minutes", "2", *FLAGS)
-    assert code == 0
+    start = ("train", "--data", str(text), "--out", str(out), "--minutes", "2")
+    assert run(*start, *FLAGS)[0] == 0
     plan = SavedRun(out / "training").read_plan()
     assert (plan["minutes"], plan["recipe"]["tokens"]) == (2, 1200)
     assert log(out)[-1]["tokens"] == pytest.approx(1200, abs=248)
+    monkeypatch.setattr(job_module, "_tokens_in", lambda trainer, seconds: 1 / 0)
+    assert run(*start, "--resume", *FLAGS)[0] == 0
+    assert SavedRun(out / "training").read_plan() == plan
+    code, _, err = run(*start[:-1], "3", "--resume")
+    assert code == 2
+    assert "--minutes 3.0 contradicts the run in" in err
+    for wrong in ("-5", "inf", "nan"):
+        code, _, err = run(*start[:-1], wrong, *FLAGS, "--out", str(tmp_path / "other"))
+        assert (code, (tmp_path / "other").exists()) == (2, False)
+        assert "--minutes must be a number above 0" in err
 
 
 def test_the_speed_is_measured_on_a_trainer_that_is_thrown_away(text: Path, tmp_path: Path) -> None:
@@ -173,6 +186,9 @@ def test_a_given_tokenizer_and_held_out_text_are_used(text: Path, tmp_path: Path
     one, two = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "model", trained["none"]))
     assert one.get_vocab() == two.get_vocab()
     assert list(log(tmp_path / "model")[-1]["held_out"]) == ["other.txt"]
+    code, _, err = train(text, tmp_path / "other", "--tokenizer", str(trained["none"]), "--vocabulary", "300")
+    assert (code, (tmp_path / "other").exists()) == (2, False)
+    assert "--vocabulary 300 contradicts the tokenizer" in err
 
 
 def test_more_files_may_follow_without_a_flag(text: Path, tmp_path: Path) -> None:
@@ -205,7 +221,9 @@ def test_a_folder_that_exists_is_refused_and_left_as_it_is(text: Path, tmp_path:
         (("--learning-rate", "-1"), 2, "learning_rate must be a number above 0"),
         (("--heads", "3"), 2, "64, 3 heads"),
         (("--vocabulary", "60000"), 1, "too short for a vocabulary of 60000 ids"),
-        (("--context", "100000", "--batch-tokens", "100000"), 1, "a sequence has 99999: give more text"),
+        (("--context", "100000", "--batch-tokens", "100000"), 1, "too few to hold 99999 out for measuring"),
+        (("--context", "16"), 2, "context must be a whole number of at least 32"),
+        (("--measures", "0"), 2, "measures must be a whole number of at least 1"),
         (("--tokenizer", "nowhere"), 2, "tokenizer.*nowhere cannot be read"),
         (("nowhere.txt",), 1, "The training text nowhere.txt does not exist"),
         (("--save-dtype", "int8"), 2, "no dtype 'int8' to save"),
@@ -229,8 +247,6 @@ def test_resuming_needs_a_run_and_the_same_recipe(text: Path, tmp_path: Path, tr
     code, _, err = run("train", "--out", str(trained["zero"]), "--resume", "--sink", "token")
     assert code == 2
     assert "--sink token contradicts the run in" in err
-    code, _, err = run("train", "--out", str(trained["zero"]), "--resume", "--data", __file__.replace("py", "txt"))
-    assert code == 1
     other = tmp_path / "other.txt"
     other.write_text("x")
     code, _, err = run("train", "--out", str(trained["zero"]), "--resume", "--data", str(other))
@@ -250,13 +266,15 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(
         return loss(self, ids) * (torch.nan if self.step >= 5 and torch.is_grad_enabled() else 1)
 
     monkeypatch.setattr(Trainer, "loss", spoil)
-    monkeypatch.setattr(job_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(course_module, "CHECKPOINT_SECONDS", 0.0)
     code, _, err = train(text, tmp_path / "model")
     assert code == 1
     assert "The loss of step 6 is nan" in err
+    assert f"The model of step 5, before it, is kept in {tmp_path / 'model'}" in err
     monkeypatch.undo()
-    saved = SavedRun(tmp_path / "model" / "training")
-    assert saved._read()[0]["step"] == 5
+    assert SavedRun(tmp_path / "model" / "training")._read()[0]["step"] == 5
+    assert "broken off after 5 steps" in (tmp_path / "model" / "README.md").read_text()
+    assert all(p.isfinite().all() for p in streamllm.load(tmp_path / "model")[0].parameters())
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(
@@ -277,7 +295,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     out = tmp_path / "model"
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_file", save_file)
-        patch.setattr(job_module, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(course_module, "CHECKPOINT_SECONDS", 0.0)
         code, _, err = train(text, out)
     assert code == 1
     assert "No space left on device; the checkpoint before it is whole" in err
@@ -293,3 +311,86 @@ def test_text_that_is_gone_is_named(text: Path, tmp_path: Path) -> None:
     code, _, err = run("train", "--out", str(tmp_path / "model"), "--resume")
     assert code == 1
     assert "copy.txt, which the run in" in err
+
+
+def test_text_that_has_changed_is_refused(text: Path, tmp_path: Path) -> None:
+    """Reference: a text of the same length, with other words."""
+    copy = tmp_path / "copy.txt"
+    copy.write_text(text.read_text())
+    assert train(copy, tmp_path / "model", tokens=500)[0] == 0
+    copy.write_text(text.read_text().replace("Lily", "Ylil"))
+    code, _, err = run("train", "--out", str(tmp_path / "model"), "--resume")
+    assert code == 1
+    assert "has changed; put it back" in err
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    text: Path, tmp_path: Path, trained: dict[str, Path]
+) -> None:
+    """Reference: the log of the uninterrupted run, in which nothing stands twice."""
+    out = tmp_path / "model"
+    assert train(text, out)[0] == 0
+    (out / "training" / "checkpoint.safetensors").unlink()
+    (out / "training" / ".checkpoint.safetensors.x1.part").write_text("half")
+    assert run("train", "--out", str(out), "--resume", *FLAGS)[0] == 0
+    assert timeless(log(out)) == timeless(log(trained["token"]))
+    assert not list((out / "training").glob(".*.part"))
+
+
+def test_one_folder_has_one_process(text: Path, trained: dict[str, Path]) -> None:
+    """Reference: a lock that another one holds."""
+    with FileLock(trained["none"] / "training" / ".lock"):
+        code, _, err = run("train", "--out", str(trained["none"]), "--resume")
+    assert code == 1
+    assert "Another process is training in" in err
+
+
+def test_the_folder_may_be_this_one_and_a_failed_start_leaves_it_as_it_was(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: an empty folder."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert train(text, Path(), "--vocabulary", "60000")[0] == 1
+    assert list(folder.iterdir()) == []
+    assert train(text, Path(), tokens=500)[0] == 0
+    assert streamllm.load(folder)
+
+
+def test_a_model_that_cannot_be_written_is_one_sentence_and_can_be_written_later(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: safetensors' own error of a full disk."""
+    from transformers import LlamaForCausalLM
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+        code, _, err = train(text, tmp_path / "model", tokens=500)
+    assert code == 1
+    assert "No space left on device" in err
+    assert "go on with --resume" in err
+    assert run("train", "--out", str(tmp_path / "model"), "--resume", *FLAGS)[0] == 0
+    assert streamllm.load(tmp_path / "model")
+
+
+def test_a_settings_file_for_running_does_not_disturb_training(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the recipe of a run without the file."""
+    file = tmp_path / "settings.toml"
+    file.write_text('dtype = "float16"\nwindow = 100\nmodel = "nowhere"\n')
+    monkeypatch.setenv("STREAMLLM_CONFIG", str(file))
+    assert train(text, tmp_path / "model", tokens=500)[0] == 0
+    assert SavedRun(tmp_path / "model" / "training").read_plan()["recipe"]["dtype"] == "float32"
+
+
+def test_environment_variables_can_be_set_in_a_shell() -> None:
+    """Reference: the letters of a name."""
+    _, out, _ = run("train", "--help")
+    names = re.findall(r"STREAMLLM_[^\s,;\]:]+", out)
+    assert "STREAMLLM_LEARNING_RATE" in names
+    assert all(re.fullmatch(r"[A-Z0-9_]+", name) for name in names)

@@ -55,10 +55,14 @@ def test_going_on_equals_never_having_stopped(optimizer: str) -> None:
 def test_parts_of_a_step_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the same step in one forward."""
     whole = trainer()
-    monkeypatch.setattr("streamllm.train.trainer.FORWARD_LOGITS", {"cpu": 3 * 32 * 300})
+    monkeypatch.setattr("streamllm.train.trainer.FORWARD_NUMBERS", {"cpu": 3 * 32 * 300})
     parts = trainer()
     assert (whole.parts, parts.parts) == (1, 4)
-    assert advance(parts, 3) == pytest.approx(advance(whole, 3), rel=1e-4)
+    for one, other in ((parts.advance(), whole.advance()) for _ in range(3)):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        assert one.norm == pytest.approx(other.norm, rel=1e-3)
+    monkeypatch.setattr("streamllm.train.trainer.FORWARD_NUMBERS", {"cpu": 1})
+    assert trainer().parts == RECIPE.batch
 
 
 def test_twins_read_the_same_text_and_begin_with_the_same_weights() -> None:
@@ -113,24 +117,50 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_spoilt() -> None:
 
 
 def test_held_out_loss_is_the_models_own() -> None:
-    """Reference: the model's loss over all sequences at once."""
-    run = trainer()
-    batch = run.read(3)[:, 1:]
+    """Reference: the model's own loss over all sequences at once; the first token of the text counts for no twin."""
+    run = trainer(sink="none")
+    batch = run.read(3)
     with torch.no_grad():
-        assert run.held_out(batch) == pytest.approx(float(run.loss(run.begin(batch))), rel=1e-5)
+        assert run.held_out(batch) == pytest.approx(float(run.loss(batch)), rel=1e-5)
+        twin = trainer(sink="token")
+        logits = twin.model(twin.begin(batch)).logits
+    losses = torch.nn.functional.cross_entropy(logits[:, 1:-1].transpose(1, 2), batch[:, 1:])
+    assert twin.held_out(batch) == pytest.approx(float(losses), rel=1e-5)
 
 
 def test_without_a_compiler_training_goes_on_and_says_so() -> None:
-    """Reference: the losses of the run that was not to be compiled."""
+    """Reference: the losses of the run that was not to be compiled, also where a run goes on."""
     notes: list[str] = []
-    run = trainer()
 
     def fail(ids: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no compiler")
 
-    run._compiled, run.note = fail, notes.append
-    assert advance(run, 3) == advance(trainer(), 3)
-    assert notes == ["training is not compiled, which is slower (RuntimeError: is a C++ compiler there?)"]
+    def lame() -> Trainer:
+        run = trainer()
+        run.model.set_attn_implementation("eager")
+        run._compiled, run.note = fail, notes.append
+        return run
+
+    first, second = lame(), lame()
+    losses = advance(first, 2)
+    second.load(*first.state())
+    assert losses + advance(second, 2) == advance(trainer(), 4)
+    assert notes == 2 * ["training is not compiled, which is slower (RuntimeError: is a C++ compiler there?)"]
+    assert second.model.config._attn_implementation == "sdpa"
+
+
+def test_an_error_of_a_compiled_step_is_not_taken_for_a_missing_compiler() -> None:
+    """Reference: the error itself."""
+    run = trainer()
+    run._compiled = run.loss
+    run.advance()
+
+    def fail(ids: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    run._compiled = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.advance()
 
 
 def test_products_are_in_bfloat16_only_where_that_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:

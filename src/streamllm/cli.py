@@ -22,7 +22,7 @@ from streamllm.run import Job
 from streamllm.settings import SETTINGS, read_settings, settings_file
 from streamllm.train.corpus import Source
 from streamllm.train.job import TrainJob
-from streamllm.train.recipe import Recipe
+from streamllm.train.recipe import MEASURES, SAVE_DTYPES, Recipe
 
 _SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
 
@@ -44,7 +44,7 @@ def _setting(name: str) -> Any:
 
 
 def _one_off(*flags: str, help: str) -> Any:
-    return typer.Option(*flags, envvar=f"STREAMLLM_{flags[-1][2:].upper()}", help=help)
+    return typer.Option(*flags, envvar=f"STREAMLLM_{flags[-1][2:].upper().replace('-', '_')}", help=help)
 
 
 Model = Annotated[str | None, _setting("model")]
@@ -195,12 +195,12 @@ def train(
     final: Annotated[float, _one_off("--final", help="Learning rate at the end, as a share.")] = Recipe.final,
     clip: Annotated[float, _one_off("--clip", help="Largest norm of the gradient.")] = Recipe.clip,
     seed: Annotated[int, _setting("seed")] = Recipe.seed,
-    dtype: Annotated[str, _one_off("--train-dtype", help="auto, float32 or bfloat16.")] = Recipe.dtype,
-    save_dtype: Annotated[str, _one_off("--save-dtype", help="float32, bfloat16 or float16.")] = "float32",
+    train_dtype: Annotated[str, _one_off("--train-dtype", help="auto, float32 or bfloat16.")] = Recipe.dtype,
+    save_dtype: Annotated[str, _one_off("--save-dtype", help="float32, bfloat16 or float16.")] = SAVE_DTYPES[0],
     compiles: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the model, if there is a C++ compiler.")
     ] = True,
-    measures: Annotated[int, _one_off("--measures", help="How often to measure on held-out text.")] = 24,
+    measures: Annotated[int, _one_off("--measures", help="How often to measure on held-out text.")] = MEASURES,
     device: Device = SETTINGS["device"].default,
     json: Json = False,
     quiet: Quiet = False,
@@ -213,10 +213,11 @@ def train(
     _begin(ctx)
     if out is None:
         raise ConfigError("Name the folder of the model with --out.")
-    fields = {name: value for name, value in ctx.params.items() if name in Recipe.__dataclass_fields__}
+    # Not called dtype, which in a settings file is the type to run a model in.
+    values = {**ctx.params, "dtype": train_dtype}
     job = TrainJob(
-        recipe=Recipe(**fields),
-        explicit=frozenset(name for name in ctx.params if _source(ctx, name) == "flag"),
+        values={name: value for name, value in values.items() if name in Recipe.__dataclass_fields__},
+        explicit=frozenset(name.removeprefix("train_") for name in ctx.params if _source(ctx, name) == "flag"),
         data=tuple(Source.parse(text) for text in (*(data or ()), *(files or ()))),
         held_out=tuple(Source.parse(text) for text in heldout or ()),
         out=out,

@@ -51,13 +51,18 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._notice: str | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         return self
 
-    def defer(self) -> None:
-        """From now on note the first signal in ``received``; a second one raises ``SystemExit``."""
+    def defer(self, notice: str | None = None) -> None:
+        """From now on note the first signal in ``received``; a second one raises ``SystemExit``.
+
+        ``notice``: what a person is told then, where it may take a while until the process leaves.
+        """
+        self._notice = notice
         if threading.current_thread() is not threading.main_thread():
             return
         for name in _STOPPING:
@@ -69,6 +74,9 @@ class Signals:
         if self.received is not None:
             raise SystemExit(128 + number)
         self.received = number
+        if self._notice is not None:
+            with suppress(OSError):
+                os.write(2, f"\n{self._notice}\n".encode())
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -192,8 +200,10 @@ class Screen:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self.settle()
-        columns = (BarColumn(), TextColumn("{task.percentage:.1f} %  {task.description}"), TimeElapsedColumn())
-        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        now = (BarColumn(), TextColumn("{task.percentage:.1f} %  {task.description}"), TimeElapsedColumn())
+        columns = (*now, TextColumn("left"), TimeRemainingColumn())
+        # Some steps take seconds, so the speed is that of the last hour.
+        with Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600) as progress:
             task = progress.add_task("", total=total, completed=done)
             yield lambda now, words: progress.update(task, completed=now, description=words)
 

@@ -39,7 +39,8 @@ def stream_losses(
         with torch.inference_mode():
             logits = model(input_ids=ids[:, begin : begin + width], past_key_values=cache, use_cache=True).logits
             targets = ids[:, begin + 1 : begin + width + 1]
-            yield cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+            losses = cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        yield losses  # outside of the mode, which would be the caller's, too
         begin += width
 
 

@@ -22,8 +22,7 @@ def make_card(
     *,
     sources: Sequence[tuple[str, int]],
     corpus_tokens: int,
-    held_out: dict[str, dict[str, float]],
-    sinks: dict[str, Any] | None,
+    measured: dict[str, Any] | None,
     seconds: float,
     machine: str,
     dtype: str,
@@ -35,8 +34,7 @@ def make_card(
         recipe: of the run.
         sources: names of the training files and how often an epoch read each.
         corpus_tokens: tokens of all files, each counted once.
-        held_out: final losses by text.
-        sinks: final figures of ``HeldOut.sinks``.
+        measured: the last row of the log with held-out figures.
         seconds: that the training took.
         machine: what it ran on.
         dtype: of the saved weights.
@@ -75,19 +73,21 @@ def make_card(
     ]
     if step < recipe.steps:
         lines += [f"**Unfinished**: broken off after {step:,} steps.", ""]
-    if held_out:
+    if measured:
+        (bare, without), (kept, with_) = measured["perplexity"].items()
         lines += [
             "## What it reached",
             "",
+            f"On held-out text, after {measured['step']:,} steps:",
+            "",
             "| held-out text | loss (nats a token) | bits a byte |",
             "|---|---|---|",
-            *(f"| {name} | {row['loss']:.4f} | {row['bits_per_byte']:.4f} |" for name, row in held_out.items()),
+            *(
+                f"| {name} | {row['loss']:.4f} | {row['bits_per_byte']:.4f} |"
+                for name, row in measured["held_out"].items()
+            ),
             "",
-        ]
-    if sinks:
-        (bare, without), (kept, with_) = sinks["perplexity"].items()
-        lines += [
-            f"Attention on the first token, by layer: {', '.join(f'{x:.1%}' for x in sinks['sink_mass'])}. "
+            f"Attention on the first token, by layer: {', '.join(f'{x:.1%}' for x in measured['sink_mass'])}. "
             f"Perplexity of a stream with the cache {bare}: {without:.2f}; with {kept}: {with_:.2f}.",
             "",
         ]

@@ -38,19 +38,36 @@ class Encoded:
     stretches: list[Stretch]
     utf8_bytes: int
 
-    def part(self, share: float, most: int) -> tuple[Encoded, dict[str, Encoded]]:
+    def part(
+        self, share: float, *, least: int, most: int, spell: Callable[[list[int]], str]
+    ) -> tuple[Encoded, dict[str, Encoded]]:
         """This corpus without the end of each stretch, and those ends by name.
 
-        An end is ``share`` of its stretch, and ``most`` tokens at most.
+        Args:
+            share: of a stretch that its end is, within ``least`` and ``most`` tokens. A stretch that would have no more
+                left than it gives is kept whole.
+            spell: the text of ids, whose bytes are counted.
+
+        Raises:
+            InputError: every stretch is too short.
         """
         kept, ends = [], {}
         for number, stretch in enumerate(self.stretches):
-            cut = stretch.end - min(most, round(share * (stretch.end - stretch.begin)))
+            length = stretch.end - stretch.begin
+            held = min(most, max(least, round(share * length)))
+            if length < 2 * held:
+                kept.append(stretch)
+                continue
+            cut = stretch.end - held
             kept.append(Stretch(stretch.begin, cut, stretch.weight))
             ids = self.ids[cut : stretch.end]
-            size = round(self.utf8_bytes * len(ids) / len(self.ids))  # the bytes of a part were not counted
             name = "held-out" if len(self.stretches) == 1 else f"held-out-{number}"
-            ends[name] = Encoded(ids, [Stretch(0, len(ids))], size)
+            ends[name] = Encoded(ids, [Stretch(0, held)], len(spell(ids.tolist()).encode()))
+        if not ends:
+            raise InputError(
+                f"The text has {len(self.ids)} tokens, too few to hold {least} out for measuring: give more text, a "
+                "text with --heldout, or a smaller --context."
+            )
         return Encoded(self.ids, kept, self.utf8_bytes), ends
 
 

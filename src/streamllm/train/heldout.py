@@ -30,7 +30,7 @@ STREAMS, STREAM_CONTEXTS = 8, 4
 """Streams read side by side, and their length in contexts."""
 
 BLOCK = 16
-"""Tokens that leave together in these streams."""
+"""Tokens that leave together in these streams; it fits the shortest context that a recipe may have."""
 
 
 class HeldOut:

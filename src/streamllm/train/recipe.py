@@ -1,7 +1,7 @@
 """What a training run does, frozen and checked: every default of training stands here and only here.
 
-Two runs with the same recipe, on the same text and machine, read the same tokens in the same order and end with the
-same weights. Nothing here knows about torch.
+Two runs with the same recipe, on the same text and processor, read the same tokens in the same order and end with the
+same weights (on an accelerator, within rounding). Nothing here knows about torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ Sink = Literal["token", "zero", "none"]
 SINKS: tuple[Sink, ...] = ("token", "zero", "none")
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("muon", "adamw")
+
+MEASURES = 24
+"""How often the held-out figures are taken along a run."""
+
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+"""What weights are saved in; the first is the default."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class Recipe:
             ("kv_heads", self.kv_heads, 1),
             ("intermediate", self.intermediate, 1),
             ("vocabulary", self.vocabulary, 258),  # the bytes, and the two tokens that are none
-            ("context", self.context, 8),
+            ("context", self.context, 32),
             ("seed", self.seed, 0),
         ):
             if count is not None:

@@ -6,6 +6,7 @@ back to the checkpoint when a run goes on. No pickle.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,6 +65,12 @@ class SavedRun:
             raise StateError(
                 f"{self.plan} cannot be written: {_why(error)}; make room, or choose another folder."
             ) from error
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed while it wrote has left."""
+        for file in self.folder.glob(".*.part"):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def read_plan(self) -> dict[str, Any]:
         """What the run does.

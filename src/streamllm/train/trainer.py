@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,8 +24,12 @@ from streamllm.errors import StreamLLMError
 from streamllm.train.recipe import Recipe
 from streamllm.train.sequences import Sequences
 
-FORWARD_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 29}
-"""Logits of one forward at most; a step with more is done in several forwards whose gradients add up."""
+FORWARD_NUMBERS = {"cpu": 1 << 28, "cuda": 1 << 30}
+"""Logits and attention weights of one forward at most; a step with more is done in several forwards whose gradients add
+up."""
+
+HELD_OUT_ROWS = 8
+"""Held-out sequences of one forward."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,17 @@ class Trainer:
         self.step = 0
         self.unread: list[Step] = []
         self.prefix = [sink_id] if recipe.sink == "token" else []
-        most = FORWARD_LOGITS.get(self.device.type, FORWARD_LOGITS["cpu"]) // (
-            recipe.shape.context * recipe.shape.vocabulary
-        )
-        self.parts = next(n for n in range(1, recipe.batch + 1) if recipe.batch % n == 0 and recipe.batch // n <= most)
+        self._usual_attention = model.config._attn_implementation
         self._compiled: Callable[[Tensor], Tensor] | None = torch.compile(self.loss) if compiles else None
-        if compiles and self.device.type == "cpu" and recipe.sink != "zero":
+        self._has_compiled = False
+        is_plain = compiles and self.device.type == "cpu" and recipe.sink != "zero"
+        if is_plain:
             # On a processor, plain attention that is compiled is faster than the fused kernel (measured: 1.0 to 1.2).
             model.set_attn_implementation("eager")
+        shape = recipe.shape
+        numbers = shape.context * (shape.vocabulary + is_plain * shape.layers * shape.heads * shape.context)
+        most = max(1, FORWARD_NUMBERS.get(self.device.type, FORWARD_NUMBERS["cpu"]) // numbers)
+        self.parts = next(n for n in range(1, recipe.batch + 1) if recipe.batch % n == 0 and recipe.batch // n <= most)
 
     @property
     def tokens(self) -> int:
@@ -155,7 +163,7 @@ class Trainer:
 
     def begin(self, ids: Tensor) -> Tensor:
         """[B, T] with the sink token in front, if there is one."""
-        return torch.cat([torch.tensor(self.prefix, dtype=ids.dtype).expand(len(ids), -1), ids], dim=1)
+        return torch.cat([ids.new_tensor(self.prefix).expand(len(ids), -1), ids], dim=1)
 
     def advance(self) -> Step:
         """Do one step.
@@ -199,19 +207,31 @@ class Trainer:
         if self._compiled is None:
             return self.loss(ids)
         try:
-            return self._compiled(ids)
+            loss = self._compiled(ids)
         except Exception as error:  # no compiler, no headers, no support: many kinds
-            if self.step:
+            if self._has_compiled:
                 raise
             self.note(f"training is not compiled, which is slower ({type(error).__name__}: is a C++ compiler there?)")
             self._compiled = None
+            self.model.set_attn_implementation(self._usual_attention)
             return self.loss(ids)
+        self._has_compiled = True
+        return loss
 
     @torch.no_grad()
     def held_out(self, batch: Tensor) -> float:
-        """Mean loss in nats over [B, T] sequences that were not trained on, in the type of the training."""
-        parts = [self.loss(part) * len(part) for part in self.begin(batch).to(self.device).chunk(8)]
-        return float(torch.stack(parts).sum()) / len(batch)
+        """Mean loss in nats over [B, T] sequences that were not trained on, in the type of the training.
+
+        The first token of a sequence is not foreseen, also where a sink token stands before it, so that twins that
+        differ in the sink are measured on the same tokens.
+        """
+        total = 0.0
+        for first in range(0, len(batch), HELD_OUT_ROWS):
+            rows = batch[first : first + HELD_OUT_ROWS].to(self.device)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                logits = self.model(input_ids=self.begin(rows), use_cache=False).logits[:, -rows.shape[1] : -1]
+            total += float(cross_entropy(logits.float().transpose(1, 2), rows[:, 1:], reduction="sum"))
+        return total / batch[:, 1:].numel()
 
     # ---- state
 
