@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-import streamllm
+from stories import STORIES
 from streamllm.errors import ConfigError, InputError
 from streamllm.train import vocabulary
 from streamllm.train.corpus import END_OF_TEXT, Piece
 from streamllm.train.vocabulary import SINK_TOKEN, dress, encode, read_tokenizer, token_id, train_tokenizer
-
-EMBEDDED = Path(streamllm.__file__).parent / "embedded" / "stories260K"
 
 
 def story(seed: int = 0, words: int = 2000) -> str:
@@ -135,8 +133,8 @@ def test_a_saved_tokenizer_is_read_as_it_was(tokenizer: Tokenizer, tmp_path: Pat
 
 
 def test_a_foreign_tokenizer_gets_the_two_tokens() -> None:
-    """Reference: the embedded model's tokenizer, whose ids stay what they were; what it puts before a text goes."""
-    foreign, ours = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json")), read_tokenizer(EMBEDDED)
+    """Reference: stories260K's tokenizer, whose ids stay what they were; what it puts before a text goes."""
+    foreign, ours = Tokenizer.from_file(str(STORIES / "tokenizer.json")), read_tokenizer(STORIES)
     assert foreign.token_to_id(SINK_TOKEN) is None
     added = ours.get_vocab_size() - foreign.get_vocab_size()
     ids = sorted(token_id(ours, text) for text in (END_OF_TEXT, SINK_TOKEN))
