@@ -57,7 +57,7 @@ twins: $(READY)  ## the paper's table 3 at small scale, and when sinks appear; w
 	$(BIN)/python recipes/twins.py --data $(wildcard $(DATA)/books/train-*.jsonl.xz) --heldout $(BOOKS_HELD_OUT) --work $(RUNS)/twins
 
 million: $(READY)  ## a million tokens through the embedded model; writes docs/results/
-	$(BIN)/python recipes/million.py --text $(BOOKS_HELD_OUT)
+	$(BIN)/python recipes/million.py --text $(STORIES_HELD_OUT) $(BOOKS_HELD_OUT)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("streamllm needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

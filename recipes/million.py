@@ -1,6 +1,6 @@
 """A million tokens through a small window: is the last part as fluent as a fresh stream, and is memory flat?
 
-    python recipes/million.py --text FILE
+    python recipes/million.py --text FILES...
 
 One stream reads the text with a bounded cache. The perplexity of its last tokens is compared with that of a fresh
 stream that begins shortly before them, on the same tokens, because texts differ in difficulty. Dense attention on the
@@ -24,9 +24,9 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import streamllm
-from streamllm.evaluate.perplexity import stream_losses
+from streamllm.evaluate.perplexity import perplexity, read_losses, stream_losses
 from streamllm.reading import read_ids
-from streamllm.train.corpus import END_OF_TEXT, Source, read_file
+from streamllm.train.corpus import END_OF_TEXT, Source, read_documents
 from streamllm.train.figure import save_figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 POINT = 10_000
 """Tokens that a point of the curve averages over."""
 
-PINNED_TOKENS = 200_000
+PINNED_TOKENS = 50_000
 """Of the text, to compare caches with fewer and more initial tokens."""
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="a folder (default: the embedded model)")
-    parser.add_argument("--text", type=Path, required=True, help="held-out text, .txt or .jsonl, also compressed")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="held-out text, also compressed")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--last", type=int, default=20_000, help="tokens compared (default: %(default)s)")
     parser.add_argument(
@@ -79,46 +79,45 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(name, record.figures[name])
 
 
-def first_ids(tokenizer: PreTrainedTokenizerBase, file: Path, count: int) -> torch.Tensor:
+def first_ids(tokenizer: PreTrainedTokenizerBase, files: Sequence[Path], count: int) -> torch.Tensor:
     """[1, count] the first ids of the text, as a stream reads them."""
     found: list[int] = []
-    for ids in read_ids(
-        tokenizer, (piece.text + END_OF_TEXT * piece.ends for piece in read_file(Source(file))), add_special_tokens=True
-    ):
+    pieces = read_documents([Source(file) for file in files])
+    texts = (piece.text + END_OF_TEXT * piece.ends for piece in pieces)
+    for ids in read_ids(tokenizer, texts, add_special_tokens=True):
         found += ids
         if len(found) >= count:
             return torch.tensor(found[:count])[None]
-    raise SystemExit(f"{file} has only {len(found)} tokens, {count} are needed")
+    raise SystemExit(f"The text has only {len(found)} tokens, {count} are needed.")
 
 
 def measure(model: PreTrainedModel, ids: torch.Tensor, options: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     cache = {"window": options.window, "block": options.block}
     begin = ids[:, : int(ids[0, 0] == model.config.bos_token_id)]  # the sink token, if the model has one
-    losses: list[np.ndarray[Any, Any]] = []
+    stream = np.empty(ids.shape[1] - 1)
     memory: list[int] = []
     began = time.perf_counter()
     done = 0
     for part in stream_losses(model, ids, sinks=options.sinks, **cache):
-        losses.append(part[0].numpy())
-        done += len(losses[-1])
+        stream[done : done + part.shape[1]] = part[0]
+        done += part.shape[1]
         if done // POINT > len(memory):
             memory.append(rss_bytes())
             if len(memory) % 10 == 0:
                 print(f"{done:,} tokens, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     seconds = time.perf_counter() - began
-    stream = np.concatenate(losses).astype(float)
 
     last = options.last
     fresh_ids = torch.cat([begin, ids[:, -(last + options.before) :]], dim=1)
-    fresh = torch.cat(list(stream_losses(model, fresh_ids, sinks=options.sinks, **cache)), dim=1)[0].double().numpy()
+    fresh = read_losses(model, fresh_ids, sinks=options.sinks, **cache)[0].double().numpy()
     pinned = {}
     trained = model.config.max_position_embeddings
     size = trained // 2
     for sinks in (0, 1, 2, 4):
         part = ids[:, :PINNED_TOKENS]
-        found = torch.cat(list(stream_losses(model, part, sinks=sinks, window=size - sinks, block=1)), dim=1)
-        pinned[f"{sinks}+{size - sinks}"] = math.exp(float(found.double().mean()))
+        found = read_losses(model, part, sinks=sinks, window=size - sinks, block=1)
+        pinned[f"{sinks}+{size - sinks}"] = perplexity(found)
     dense = dense_losses(model, ids[:, : options.dense * trained + 1])
     compared = stream[: len(dense)]
     return {

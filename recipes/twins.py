@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import streamllm
-from streamllm.evaluate.perplexity import stream_losses
+from streamllm.evaluate.perplexity import read_losses
 from streamllm.train.corpus import Source
 from streamllm.train.encoded import encode_corpus
 from streamllm.train.figure import save_figure
@@ -116,8 +116,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         losses = {}
         for kept in KEPT:
             began = time.perf_counter()
-            parts = list(stream_losses(model, ids, sinks=kept, window=size - kept, block=1))
-            losses[kept] = torch.cat(parts, dim=1)[:, -(length - 1) :].double().numpy()  # the same tokens for all
+            read = read_losses(model, ids, sinks=kept, window=size - kept, block=1)
+            losses[kept] = read[:, -(length - 1) :].double().numpy()  # the same tokens for all
             print(f"{sink} {kept}+{size - kept}: {math.exp(losses[kept].mean()):.3f}", end="", flush=True)
             print(f"  ({time.perf_counter() - began:.0f} s)", flush=True)
         rows = list(saved.rows())
@@ -199,7 +199,7 @@ def draw(figures: dict[str, Any]) -> Figure:
         losses.plot(tokens, [next(iter(row["held_out"].values()))["loss"] for row in rows], color=color, label=label)
     caches.set(title="perplexity, streaming", xlabel="initial tokens kept", ylabel="perplexity")
     ratios.set(title="without sinks / with four", xlabel="M tokens trained", ylabel="ratio of perplexities")
-    masses.set(title="attention, strongest layer", xlabel="M tokens trained", ylabel="share", ylim=(0, 1))
+    masses.set(title="attention, strongest layer", xlabel="M tokens trained", ylabel="share", ylim=(0, None))
     losses.set(title="held-out loss", xlabel="M tokens trained", ylabel="nats a token")
     for axes in (caches, ratios, masses, losses):
         axes.legend(fontsize="x-small")

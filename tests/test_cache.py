@@ -628,7 +628,7 @@ def test_pinning_more_and_less_between_streams(model: PreTrainedModel, ids: Tens
 
 
 def test_half_precision_refuses_to_turn_keys_too_often() -> None:
-    """Reference: measured on the embedded model: 508 turns in a key's life give garbage, 32 do no harm."""
+    """Reference: measured on stories260K: 508 turns in a key's life give garbage, 32 do no harm."""
     model = copy.deepcopy(FAMILIES["llama"].make(trained=256)).to(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"rotated back 252 times .* use a window of at most") as caught:
         SinkCache(model, 4, 252, 1)

@@ -185,7 +185,7 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_place() -> None:
 
 
 def test_doctor_says_whether_and_how_a_model_can_stream() -> None:
-    """Reference: the embedded model's config; JSON carries the same."""
+    """Reference: stories260K's config; JSON carries the same."""
     code, out, _ = run("doctor")
     assert code == 0
     for fact in ("llama", "rotary", "512", "verdict", "fit", "4 sinks + 252 window + 63 block slack = 319 tokens"):

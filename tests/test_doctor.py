@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, MptConfig, MptForCausalLM
 
 from stories import STORIES
 from streamllm import doctor, models
 from streamllm.cache import SinkCache
+from streamllm.checkpoint import EMBEDDED
 from streamllm.config import CacheConfig
 from streamllm.doctor import examine
 from streamllm.errors import ConfigError, ModelFilesError
@@ -32,16 +34,18 @@ def test_the_embedded_model_fits_and_the_report_has_its_facts() -> None:
     assert report.is_fit
     assert report.verdict == "fit"
     facts = report.to_dict()
-    assert facts["model"] == "stories260K"
+    assert facts["model"] == EMBEDDED
     assert facts["family"] == "llama"
     assert facts["positions"] == "rotary"
     assert facts["residual"] < 1e-3
     assert facts["trained_length"] == 512
-    assert facts["layers"] == {"sink": 5}
-    assert facts["bytes_per_token"] == 2 * 5 * 4 * 8 * 4  # keys and values, layers, heads, head size, float32
+    assert facts["layers"] == {"sink": 7}
+    assert facts["bytes_per_token"] == 2 * 7 * 1 * 128 * 4  # keys and values, layers, heads, head size, float32
     assert (facts["sinks"], facts["window"], facts["block"]) == (4, 252, 64)
     assert facts["capacity"] == 4 + 252 + 63
-    assert facts["weights_bytes"] == (models.locate() / "model.safetensors").stat().st_size // 10_000 * 10_000 + 128
+    assert facts["weights_bytes"] == 2 * sum(  # stored in bfloat16, loaded in float32
+        tensor.nbytes for tensor in load_file(models.locate() / "model.safetensors").values()
+    )
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["devices"][0] == "cpu"
     assert facts["threads"] == torch.get_num_threads()

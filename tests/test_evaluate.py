@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from families import FAMILIES
 from streamllm import SinkCache
 from streamllm.evaluate.attention import sink_mass
-from streamllm.evaluate.perplexity import perplexity, stream_losses
+from streamllm.evaluate.perplexity import perplexity, read_losses, stream_losses
 from test_zero_sink import make as make_zero
 
 SIZES = {"sinks": 2, "window": 14, "block": 4}
@@ -40,6 +40,12 @@ def test_losses_are_those_of_reading_one_token_at_a_time(model, ids) -> None:
     for chunk in (1, 7, 64):
         got = torch.cat(list(stream_losses(model, ids, **SIZES, chunk=chunk)), dim=1)
         torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_all_losses_at_once_are_the_same(model, ids) -> None:
+    """Reference: the parts, joined."""
+    parts = torch.cat(list(stream_losses(model, ids, **SIZES, chunk=7)), dim=1)
+    assert torch.equal(read_losses(model, ids, **SIZES, chunk=7), parts)
 
 
 def test_losses_within_the_window_are_the_dense_ones(model, ids) -> None:

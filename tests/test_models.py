@@ -1,6 +1,6 @@
 """Finding and loading models: each way it can fail is one sentence, and nothing runs code or guesses weights.
 
-The Hub is a real HTTP server on this machine (``hub_stub``); the models are the embedded one and copies of it with one
+The Hub is a real HTTP server on this machine (``hub_stub``); the models are stories260K and copies of it with one
 thing wrong.
 """
 
@@ -26,19 +26,17 @@ from streamllm import models
 from streamllm.checkpoint import shown, size, weights_bytes
 from streamllm.errors import ConfigError, ModelFilesError, ModelNotFoundError, UnsupportedModelError
 
-EMBEDDED = models.locate()
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the embedded model, to break."""
-    return Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
+    """A copy of stories260K, to break."""
+    return Path(shutil.copytree(STORIES, tmp_path / "model"))
 
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
     """A Hub that serves ``someone/stories``, and an empty cache; the value is the list of what was asked of it."""
-    source = Path(shutil.copytree(EMBEDDED, tmp_path / "served"))
+    source = Path(shutil.copytree(STORIES, tmp_path / "served"))
     (source / "pytorch_model.bin").write_bytes(b"pickled")
     (source / "onnx").mkdir()
     (source / "onnx" / "model.safetensors").write_bytes(b"another format")
@@ -152,7 +150,7 @@ def test_a_hub_model_is_fetched_once_and_then_found_without_the_hub(
     found = models.resolve("someone/stories")
     assert shown(found) == "someone/stories"
     fetched = {path.split("/")[-1] for path in online if "/resolve/" in path}
-    assert fetched == {file.name for file in EMBEDDED.iterdir()} - {"LICENSE"}
+    assert fetched == {file.name for file in STORIES.iterdir()} - {"LICENSE"}
     assert not (found / "pytorch_model.bin").exists()
     assert not (found / "onnx").exists()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -345,7 +343,7 @@ def test_weights_that_do_not_fit_are_refused_before_loading(
     monkeypatch.setattr(models, "free_bytes", lambda device: free)
     monkeypatch.setattr(models, "_load_weights", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ModelFilesError, match=says):
-        models.load(device="cpu")
+        models.load(STORIES, device="cpu")
 
 
 def test_where_the_free_memory_is_unknown_loading_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

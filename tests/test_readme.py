@@ -165,8 +165,8 @@ def test_the_arithmetic_of_the_readme_is_right() -> None:
     text = next(code for code in blocks("text") if "capacity = " in code)
     capacity = 4 + 252 + 64 - 1
     assert f"4 + 252 + 64 - 1 = {capacity}" in text
-    assert f"({capacity} + 4) x 1280 = {(capacity + 4) * 1280}" in text
-    assert 5 * 2 * 4 * 8 * torch.float32.itemsize == 1280  # layers, keys and values, heads, size
+    assert f"({capacity} + 4) x 7168 = {(capacity + 4) * 7168}" in text
+    assert 7 * 2 * 1 * 128 * torch.float32.itemsize == 7168  # layers, keys and values, heads, size
 
 
 # ---- links

@@ -102,7 +102,7 @@ def test_the_long_stream_is_compared_on_the_same_tokens(
     )
     figures = json.loads((tmp_path / "million.json").read_text())["figures"]
     model, tokenizer = streamllm.load(trained["token"])
-    ids = million.first_ids(tokenizer, text, 4000)
+    ids = million.first_ids(tokenizer, [text], 4000)
     whole = torch.cat(list(stream_losses(model, ids, sinks=1, window=12, block=4)), 1)[0]
     assert figures["tokens"] == 3999
     assert len(figures["curve"]) == 7

@@ -14,7 +14,7 @@ from typing import Any
 
 from streamllm.errors import ModelFilesError, UnsupportedModelError
 
-EMBEDDED = "stories260K"
+EMBEDDED = "stories7M"
 """Folder of the model that comes with streamllm."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
@@ -43,7 +43,7 @@ def shown(folder: Path) -> str:
     for part in folder.parts:
         if part.startswith("models--") and "snapshots" in folder.parts:
             return part.removeprefix("models--").replace("--", "/")
-    return EMBEDDED if folder.parent.name == "embedded" and folder.name == EMBEDDED else str(folder)
+    return EMBEDDED if folder.parent.name == "assets" and folder.name == EMBEDDED else str(folder)
 
 
 def weights_bytes(folder: Path, dtype: str = "auto") -> int:

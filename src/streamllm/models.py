@@ -87,7 +87,7 @@ def locate(name: str | Path | None = None) -> Path:
         ModelNotFoundError, ModelFilesError: as ``load``.
     """
     if name is None:
-        return Path(str(importlib.resources.files("streamllm") / "embedded" / checkpoint.EMBEDDED))
+        return Path(str(importlib.resources.files("streamllm") / "assets" / checkpoint.EMBEDDED))
     if name == "":
         raise ModelNotFoundError("The name of the model is empty: give a folder, or a Hub id such as Qwen/Qwen3-0.6B.")
     try:

@@ -44,6 +44,20 @@ def stream_losses(
         begin += width
 
 
+def read_losses(model: PreTrainedModel, ids: Tensor, **options: int) -> Tensor:
+    """All losses of ``stream_losses``, [B, N - 1], on the CPU; same arguments and errors.
+
+    They are put into one tensor as they come: many small ones, kept between the large ones of the forwards, would leave
+    the allocator with holes that nothing fits into.
+    """
+    found = torch.empty(len(ids), ids.shape[1] - 1)
+    begin = 0
+    for part in stream_losses(model, ids, **options):
+        found[:, begin : begin + part.shape[1]] = part
+        begin += part.shape[1]
+    return found
+
+
 def perplexity(losses: Tensor) -> float:
     """Exponential of the mean loss."""
     return math.exp(float(losses.double().mean()))

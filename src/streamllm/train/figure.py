@@ -37,7 +37,7 @@ def draw_run(rows: Sequence[dict[str, Any]], title: str) -> Figure:
         color = colormaps["viridis"](layer / max(1, layers - 1))
         points = [(row["tokens"], row["sink_mass"][layer]) for row in seen]
         mass.plot(*zip(*points, strict=True), color=color, label=f"layer {layer}")
-    mass.set(title="attention on the first token", ylabel="share", ylim=(0, 1))
+    mass.set(title="attention on the first token", ylabel="share", ylim=(0, None))
     if layers:
         mass.legend(fontsize="x-small", ncols=2)
     ratio.plot([row["tokens"] for row in seen], [row["ratio"] for row in seen], marker=".", color="C3")

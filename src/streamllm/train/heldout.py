@@ -19,7 +19,7 @@ from streamllm import zero_sink
 from streamllm.config import CacheConfig
 from streamllm.errors import InputError
 from streamllm.evaluate.attention import sink_mass
-from streamllm.evaluate.perplexity import perplexity, stream_losses
+from streamllm.evaluate.perplexity import perplexity, read_losses
 from streamllm.train.encoded import Encoded
 from streamllm.train.trainer import Trainer
 
@@ -80,9 +80,7 @@ class HeldOut:
         streams = self.trainer.begin(self.streams).to(self.trainer.device)
         both = {}
         for sinks in (0, CacheConfig.sinks):
-            losses = torch.cat(
-                list(stream_losses(self.copy, streams, sinks=sinks, window=size - sinks, block=BLOCK)), dim=1
-            )
+            losses = read_losses(self.copy, streams, sinks=sinks, window=size - sinks, block=BLOCK)
             both[f"{sinks}+{size - sinks}"] = perplexity(losses[:, size:])  # before that nothing has left
         values = list(both.values())
         return {
