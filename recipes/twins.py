@@ -63,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the three runs")
     parser.add_argument("--tokens", type=int, default=30_000_000, help="of each run (default: %(default)s)")
     parser.add_argument("--eval-tokens", type=int, default=204_800, help="held-out tokens (default: %(default)s)")
-    parser.add_argument(
-        "--flags", default=FLAGS, help="further flags of streamllm train (default: %(default)s)"
-    )
+    parser.add_argument("--flags", default=FLAGS, help="further flags of streamllm train (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "twins")
     options = parser.parse_args(argv)
     record = begin_record("twins", argv, "three Llamas that differ in their sink", "float32", folder="recipes")
