@@ -371,3 +371,17 @@ def test_no_memory_left_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch, capsy
         entry.main()
     assert leaving.value.code == 1
     assert "--window" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said", [None, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(said: str | None) -> None:
+    """Reference: the environment of a process that has run the command's entry."""
+    code = "import os, sys; sys.argv = ['streamllm', '--version']\nfrom streamllm.__main__ import main\n"
+    code += "try: main()\nexcept SystemExit: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), **({said: "7"} if said else {})}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    wanted = {None: "3000", "GOMP_SPINCOUNT": "7", "OMP_WAIT_POLICY": "None"}[said]
+    assert done.stdout.splitlines()[-1] == f"{wanted} False"
