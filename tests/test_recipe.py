@@ -10,29 +10,21 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from streamllm.errors import ConfigError
 from streamllm.train.recipe import OPTIMIZERS, SINKS, SIZES, Recipe, Shape
+from streamllm.train.trainer import make_model
 
 SMALL = Shape(hidden=48, layers=3, heads=6, kv_heads=2, intermediate=80, vocabulary=300, context=64)
 
 
 def llama(shape: Shape, device: str = "cpu") -> LlamaForCausalLM:
-    """A model of this shape, as transformers makes it."""
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.intermediate,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=shape.context,
-        tie_word_embeddings=True,
-        attn_implementation="eager",
-    )
+    """The model of this shape that is trained, with attention that torch can count."""
     with torch.device(device):
-        return LlamaForCausalLM(config)
+        model = make_model(Recipe(**dataclasses.asdict(shape)), sink_id=1, end_id=0)
+    model.set_attn_implementation("eager")
+    return model
 
 
 # ---- sizes

@@ -112,7 +112,7 @@ class Trainer:
 
     Attributes:
         step: steps done.
-        unread: steps that nobody has asked for with ``take_steps`` yet; a run that goes on still knows them.
+        recent: steps that nobody has asked for with ``take_steps`` yet; a run that goes on still knows them.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Trainer:
         self.dtype = compute_dtype(recipe, self.device)
         self.optimizers = make_optimizers(model, recipe)
         self.step = 0
-        self.unread: list[Step] = []
+        self.recent: list[Step] = []
         self.prefix = [sink_id] if recipe.sink == "token" else []
         self._usual_attention = model.config._attn_implementation
         self._compiled: Callable[[Tensor], Tensor] | None = torch.compile(self.loss) if compiles else None
@@ -195,12 +195,12 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         step = Step(self.step, total, rate * self.recipe.learning_rate, norm, time.perf_counter() - began)
-        self.unread.append(step)
+        self.recent.append(step)
         return step
 
     def take_steps(self) -> list[Step]:
         """The steps since this was called last."""
-        steps, self.unread = self.unread, []
+        steps, self.recent = self.recent, []
         return steps
 
     def _forward(self, ids: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class Trainer:
             for index, slots in optimizer.state_dict()["state"].items():
                 for name, value in slots.items():
                     tensors[f"optimizer.{number}.{index}.{name}"] = torch.as_tensor(value)
-        return {"step": self.step, "unread": [asdict(step) for step in self.unread]}, tensors
+        return {"step": self.step, "recent": [asdict(step) for step in self.recent]}, tensors
 
     def load(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on from what ``state`` gave.
@@ -262,4 +262,4 @@ class Trainer:
                     found.setdefault(int(index), {})[name] = tensor
             optimizer.load_state_dict({**optimizer.state_dict(), "state": found})
         self.step = int(values["step"])
-        self.unread = [Step(**step) for step in values["unread"]]
+        self.recent = [Step(**step) for step in values["recent"]]
