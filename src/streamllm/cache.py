@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+from transformers.cache_utils import DummyLayer
 from transformers.masking_utils import create_masks_for_generate
 
 from streamllm.capacity import check_capacity, fit_config
@@ -319,10 +319,8 @@ class SinkCache(Gated):
             own = {
                 name.removeprefix(prefix): t.to(model.device) for name, t in tensors.items() if name.startswith(prefix)
             }
-            if isinstance(layer, SinkLayer):
+            if isinstance(layer, (SinkLayer, RecurrentLayer)):
                 layer.load(own)
-            elif isinstance(layer, LinearAttentionLayer):
-                _load_states(layer, own)
         return cache
 
     def _named_ledgers(self) -> list[tuple[int, Ledger]]:
@@ -331,16 +329,10 @@ class SinkCache(Gated):
 
     def _tensors(self) -> list[dict[str, Tensor]]:
         """The tensors of every layer, by name."""
-        found: list[dict[str, Tensor]] = []
-        for layer in self.layers:
-            if isinstance(layer, SinkLayer):
-                found.append(layer.tensors())
-            elif isinstance(layer, LinearAttentionLayer):
-                states = {"conv": layer.conv_states, "recurrent": layer.recurrent_states}
-                found.append({f"{k}.{i}": t for k, named in states.items() for i, t in named.items() if t is not None})
-            else:
-                found.append({})
-        return found
+        return [
+            layer.tensors() if isinstance(layer, (SinkLayer, RecurrentLayer)) else {}  # a dummy holds nothing
+            for layer in self.layers
+        ]
 
     # ---- the gate
 
@@ -571,16 +563,3 @@ class SinkCache(Gated):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Refuse: the number of rows is fixed."""
         raise CacheError("The rows of a SinkCache are fixed: reset(row) frees one for another stream.")
-
-
-def _load_states(layer: LinearAttentionLayer, tensors: dict[str, Tensor]) -> None:
-    """Put saved recurrent states back."""
-    for name, tensor in tensors.items():
-        kind, index = name.split(".")
-        if kind == "conv":
-            layer.lazy_initialization(conv_states=tensor, state_idx=int(index))
-        else:
-            layer.lazy_initialization(recurrent_states=tensor, state_idx=int(index))
-        states = layer.conv_states if kind == "conv" else layer.recurrent_states
-        states[int(index)] = tensor
-        layer.has_previous_state[int(index)] = True

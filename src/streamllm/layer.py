@@ -216,3 +216,21 @@ class RecurrentLayer(LinearAttentionLayer):
         """Allocate for good."""
         with torch.inference_mode(False):
             super().lazy_initialization(*args, **kwargs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All states, by kind and number; none before the first token."""
+        states = {"conv": self.conv_states, "recurrent": self.recurrent_states}
+        return {f"{kind}.{i}": t for kind, named in states.items() for i, t in named.items() if t is not None}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what ``tensors`` gave."""
+        for name, tensor in tensors.items():
+            kind, number = name.split(".")
+            index = int(number)
+            if kind == "conv":
+                self.lazy_initialization(conv_states=tensor, state_idx=index)
+                self.conv_states[index] = tensor
+            else:
+                self.lazy_initialization(recurrent_states=tensor, state_idx=index)
+                self.recurrent_states[index] = tensor
+            self.has_previous_state[index] = True
