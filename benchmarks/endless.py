@@ -24,14 +24,14 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from memory import rss_bytes
-from record import STORIES, begin_record, target_path
+from place import STORIES, begin, target_path
 from target import Target, print_targets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import streamllm
 from streamllm import Chunk, SamplingConfig
 from streamllm.config import CacheConfig
+from streamllm.evaluate.memory import rss_bytes
 
 BLOCK = CacheConfig.block
 PROMPT = "Once upon a time"
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model, tokenizer = streamllm.load(STORIES)
     dtype = str(model.dtype).removeprefix("torch.")
-    record = begin_record("endless", argv, "stories260K", dtype)
+    record = begin("endless", argv, "stories260K", dtype)
     figures, targets = measure(model, tokenizer, setting)
     record.figures.update(figures)
     show(figures, targets)

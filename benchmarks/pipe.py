@@ -23,9 +23,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO
 
-from memory import rss_bytes
-from record import STORIES, begin_record, target_path
+from place import STORIES, begin, target_path
 from target import Target, print_targets
+
+from streamllm.evaluate.memory import rss_bytes
 
 MEGABYTE = 1_000_000
 
@@ -185,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = int((0.02 if options.quick else options.mb) * MEGABYTE)
     pieces = made_up_stories() if options.text is None else repeat_file(options.text)
 
-    record = begin_record("pipe", argv, "stories260K", "float32")
+    record = begin("pipe", argv, "stories260K", "float32")
     if options.threads is not None:
         record.machine["threads"] = options.threads
     figures = measure(cut(pieces, size), options.every, options.threads)

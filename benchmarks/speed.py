@@ -28,8 +28,8 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from place import begin, target_path
 from raw_cache import RawCache
-from record import begin_record, target_path
 from target import Target, print_targets
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -448,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{setting.heads} heads, {setting.kv_heads} key-value heads, vocabulary {setting.vocabulary}, tied, "
         f"{setting.positions} positions"
     )
-    record = begin_record("speed", argv, shape, "float32")
+    record = begin("speed", argv, shape, "float32")
     figures, targets = measure(setting, options.rounds, options.prefill_rounds, options.attention)
     record.figures.update(figures)
     show(figures, targets)

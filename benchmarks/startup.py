@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from record import begin_record, target_path
+from place import begin, target_path
 from target import Target, print_targets
 
 from streamllm.checkpoint import EMBEDDED
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     runs = 1 if options.quick else options.runs + 1
 
-    record = begin_record("startup", argv, f"{EMBEDDED}, embedded", "float32")
+    record = begin("startup", argv, f"{EMBEDDED}, embedded", "float32")
     helps = [time_help() for _ in range(runs)]
     tokens = [time_first_token() for _ in range(runs)]
     modules = modules_after_help()

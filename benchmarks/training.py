@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import begin_record, target_path
+from place import begin, target_path
 from target import Target, print_targets
 from transformers import AutoConfig
 
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     changes: dict[str, Any] = {"size": "toy"} if options.quick else {"size": "small", **vars(shape)}
     steps = 2 if options.quick else options.steps
     batch = Recipe(**changes).shape.context * (2 if options.quick else 16)
-    record = begin_record("training", argv, f"shape of {EMBEDDED}", "float32")
+    record = begin("training", argv, f"shape of {EMBEDDED}", "float32")
     found = {}
     for dtype in ("auto", "float32"):
         recipe = Recipe(**changes, tokens=10**8, batch_tokens=batch, dtype=dtype)

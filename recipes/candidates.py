@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from streamllm.train.corpus import END_OF_TEXT, Source, read_documents
+from streamllm.corpus import END_OF_TEXT, Source, read_documents
 from streamllm.train.encoded import Encoded, encode_corpus
 from streamllm.train.recipe import Recipe
 from streamllm.train.sequences import Sequences
@@ -31,7 +31,7 @@ from streamllm.train.trainer import Trainer, make_model
 from streamllm.train.vocabulary import SINK_TOKEN, token_id, train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from record import begin_record
+from place import begin
 
 BASE: dict[str, Any] = {
     "size": "small",
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/candidates.json"))
     options = parser.parse_args(argv)
     options.work.mkdir(exist_ok=True)
-    record = begin_record(
+    record = begin(
         "candidates", argv, "Llama of up to 8 M parameters, from scratch", "bfloat16 products", folder="recipes"
     )
     found: dict[str, dict[str, Any]] = {}

@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import streamllm
-from streamllm.evaluate.perplexity import perplexity, read_losses, stream_losses
+from streamllm import SinkCache
+from streamllm.corpus import END_OF_TEXT, Source, read_documents
+from streamllm.evaluate.figure import save_figure
+from streamllm.evaluate.scores import perplexity, read_losses, score_stream
 from streamllm.reading import read_ids
-from streamllm.train.corpus import END_OF_TEXT, Source, read_documents
-from streamllm.train.figure import save_figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from memory import rss_bytes
-from record import RESULTS, begin_record
+from place import RESULTS, begin
+
+from streamllm.evaluate.memory import rss_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     model, tokenizer = streamllm.load(options.model, device="cpu")
-    record = begin_record(
+    record = begin(
         "million",
         argv,
         options.model or "the embedded model",
@@ -99,7 +100,8 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, options: argparse.Namespa
     memory: list[int] = []
     began = time.perf_counter()
     done = 0
-    for part in stream_losses(model, ids, sinks=options.sinks, **cache):
+    for scores in score_stream(model, ids, SinkCache(model, options.sinks, **cache)):
+        part = scores.losses
         stream[done : done + part.shape[1]] = part[0]
         done += part.shape[1]
         if done // POINT > len(memory):
@@ -110,15 +112,16 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, options: argparse.Namespa
 
     last = options.last
     fresh_ids = torch.cat([begin, ids[:, -(last + options.before) :]], dim=1)
-    fresh = read_losses(model, fresh_ids, sinks=options.sinks, **cache)[0].double().numpy()
+    fresh = read_losses(model, fresh_ids, SinkCache(model, options.sinks, **cache))[0].double().numpy()
     pinned = {}
     trained = model.config.max_position_embeddings
     size = trained // 2
     for sinks in (0, 1, 2, 4):
         part = ids[:, :PINNED_TOKENS]
-        found = read_losses(model, part, sinks=sinks, window=size - sinks, block=1)
+        found = read_losses(model, part, SinkCache(model, sinks, size - sinks, 1))
         pinned[f"{sinks}+{size - sinks}"] = perplexity(found)
-    dense = dense_losses(model, ids[:, : options.dense * trained + 1])
+    beginning = ids[:, : options.dense * trained + 1]
+    dense = read_losses(model, beginning, DynamicCache(config=model.config))[0].double().numpy()
     compared = stream[: len(dense)]
     return {
         "tokens": len(stream),
@@ -139,18 +142,6 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, options: argparse.Namespa
         "memory": {"early": memory[1], "late": memory[-1], "grown": memory[-1] - memory[1]},
         "rss_bytes": memory,
     }
-
-
-def dense_losses(model: PreTrainedModel, ids: torch.Tensor, chunk: int = 256) -> np.ndarray[Any, Any]:
-    """Losses of the plain model, whose cache grows, [N]."""
-    cache = DynamicCache(config=model.config)
-    found = []
-    for first in range(0, ids.shape[1] - 1, chunk):
-        stop = min(first + chunk, ids.shape[1] - 1)
-        with torch.inference_mode():
-            logits = model(input_ids=ids[:, first:stop], past_key_values=cache).logits[0]
-        found.append(cross_entropy(logits.float(), ids[0, first + 1 : stop + 1], reduction="none"))
-    return torch.cat(found).double().numpy()
 
 
 def draw(figures: dict[str, Any]) -> Figure:

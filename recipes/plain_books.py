@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streamllm.atomic import replacing
-from streamllm.train.corpus import Source, read_file
+from streamllm.corpus import Source, read_file
 
 KNOWN = 5000
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")

@@ -25,16 +25,17 @@ import numpy as np
 import torch
 
 import streamllm
-from streamllm.evaluate.perplexity import read_losses
-from streamllm.train.corpus import Source
+from streamllm import SinkCache
+from streamllm.corpus import Source
+from streamllm.evaluate.figure import save_figure
+from streamllm.evaluate.scores import read_losses
 from streamllm.train.encoded import encode_corpus
-from streamllm.train.figure import save_figure
 from streamllm.train.recipe import SINKS
 from streamllm.train.saved_run import SavedRun
 from streamllm.train.vocabulary import read_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from record import RESULTS, begin_record
+from place import RESULTS, begin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--flags", default=FLAGS, help="further flags of streamllm train (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "twins")
     options = parser.parse_args(argv)
-    record = begin_record("twins", argv, "three Llamas that differ in their sink", "float32", folder="recipes")
+    record = begin("twins", argv, "three Llamas that differ in their sink", "float32", folder="recipes")
     train(options)
     record.figures.update(measure(options))
     record.save(options.out.with_suffix(".json"))
@@ -117,7 +118,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         losses = {}
         for kept in KEPT:
             began = time.perf_counter()
-            read = read_losses(model, ids, sinks=kept, window=size - kept, block=1)
+            read = read_losses(model, ids, SinkCache(model, kept, size - kept, 1, batch_size=STREAMS))
             losses[kept] = read[:, -(length - 1) :].double().numpy()  # the same tokens for all
             print(f"{sink} {kept}+{size - kept}: {math.exp(losses[kept].mean()):.3f}", end="", flush=True)
             print(f"  ({time.perf_counter() - began:.0f} s)", flush=True)

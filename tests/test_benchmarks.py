@@ -39,7 +39,7 @@ def run(module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert " met" in shown
     assert list(tmp_path.iterdir()) == [out]
 
-    assert list(record) == ["name", "command", "began", "commit", "machine", "model", "dtype", "figures"]
+    assert list(record) == ["name", "command", "began", "commit", "machine", "model", "dtype", "figures", "format"]
     assert record["name"] == name
     assert record["command"] == " ".join(["python", f"benchmarks/{name}.py", *flags, "--quick", "--out=record.json"])
     assert record["began"].endswith("+00:00")
@@ -172,51 +172,12 @@ def test_pipe_says_why_the_command_failed(script: Any, monkeypatch: pytest.Monke
         script("pipe").measure(iter([b"text"]), 0.1)
 
 
-def test_a_record_is_written_wholly_or_not_at_all(script: Any, tmp_path: Path) -> None:
-    """Reference: the record that stood there before."""
-    module = script("record")
-    good = module.Record("x", "python x", "now", "abc", {}, "model", "float32", {"value": 1})
-    bad = module.Record("x", "python x", "now", "abc", {}, "model", "float32", {"value": object()})
-    path = tmp_path / "new" / "x.json"
-    good.save(path)
-    with pytest.raises(TypeError):
-        bad.save(path)
-    assert json.loads(path.read_text()) == good.to_dict()
-    assert list(path.parent.iterdir()) == [path]
-
-
 def test_only_a_full_run_writes_to_docs(script: Any, tmp_path: Path) -> None:
     """Reference: by hand."""
-    module = script("record")
+    module = script("place")
     assert module.target_path("speed", None, quick=False) == FOLDER.parent / "docs" / "results" / "speed.json"
     assert module.target_path("speed", None, quick=True) is None
     assert module.target_path("speed", tmp_path, quick=True) == tmp_path
-
-
-@pytest.mark.parametrize(("changes", "shown"), [("", "0123456789ab"), (" M code.py", "0123456789ab-dirty")])
-def test_the_commit_says_when_files_differ_from_it(
-    script: Any, monkeypatch: pytest.MonkeyPatch, changes: str, shown: str
-) -> None:
-    """Reference: a git that is told what to say; it is not asked about results, which the run before has written."""
-    module = script("record")
-
-    def git(*arguments: str) -> str:
-        if arguments[0] == "rev-parse":
-            return "0123456789ab"
-        assert arguments[-1] == ":(exclude)docs/results"
-        return changes
-
-    monkeypatch.setattr(module, "_git", git)
-    assert module.find_commit() == shown
-
-
-def test_the_commit_is_unknown_outside_a_repository(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reference: an empty folder."""
-    module = script("record")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    assert module.find_commit() == "unknown"
 
 
 @pytest.mark.parametrize(

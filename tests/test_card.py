@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
+from streamllm.evaluate.figure import FORMATS, save_figure
 from streamllm.train.card import make_card
-from streamllm.train.figure import FORMATS, draw_run, save_figure
+from streamllm.train.figure import draw_run
 from streamllm.train.recipe import SINKS, Recipe
 
 RECIPE = Recipe(size="toy", tokens=1_000_000, vocabulary=777, learning_rate=0.0031, seed=42, warmup=0.025)

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from streamllm import corpus
+from streamllm.corpus import END_OF_TEXT, Piece, Source, read_documents, read_file, seam
 from streamllm.errors import ConfigError, InputError, StreamLLMError
-from streamllm.train import corpus
-from streamllm.train.corpus import END_OF_TEXT, Piece, Source, read_documents, read_file, seam
 from streamllm.train.vocabulary import train_tokenizer
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -276,7 +276,7 @@ def test_what_is_no_source_is_refused(tmp_path: Path, name: str, kind: type[Exce
 
 def test_a_home_that_is_not_known_and_a_pipe_are_refused(tmp_path: Path) -> None:
     """Reference: the words of the messages; a pipe could not be read a second time."""
-    with pytest.raises(InputError, match=r"The training text ~nobody-of-this-name/a\.txt cannot be found"):
+    with pytest.raises(InputError, match=r"The text ~nobody-of-this-name/a\.txt cannot be found"):
         Source.parse("~nobody-of-this-name/a.txt")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.txt")

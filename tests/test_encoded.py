@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from streamllm.corpus import END_OF_TEXT, Piece, Source
 from streamllm.errors import InputError
 from streamllm.train import encoded
-from streamllm.train.corpus import END_OF_TEXT, Piece, Source
 from streamllm.train.encoded import Encoded, encode_corpus
 from streamllm.train.sequences import Stretch
 from streamllm.train.vocabulary import SINK_TOKEN, encode, train_tokenizer

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from families import FAMILIES
 from streamllm import SinkCache
 from streamllm.evaluate.attention import sink_mass
-from streamllm.evaluate.perplexity import perplexity, read_losses, stream_losses
+from streamllm.evaluate.scores import perplexity, read_losses, score_stream
 from test_zero_sink import make as make_zero
 
 SIZES = {"sinks": 2, "window": 14, "block": 4}
@@ -38,24 +39,46 @@ def test_losses_are_those_of_reading_one_token_at_a_time(model, ids) -> None:
             logits = [model(token[None, None], past_key_values=cache).logits[0, 0] for token in row[:-1]]
         expected.append(cross_entropy(torch.stack(logits).float(), row[1:], reduction="none"))
     for chunk in (1, 7, 64):
-        got = torch.cat(list(stream_losses(model, ids, **SIZES, chunk=chunk)), dim=1)
+        got = read_losses(model, ids, SinkCache(model, **SIZES, batch_size=3), step=chunk)
         torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_all_losses_at_once_are_the_same(model, ids) -> None:
-    """Reference: the parts, joined."""
-    parts = torch.cat(list(stream_losses(model, ids, **SIZES, chunk=7)), dim=1)
-    assert torch.equal(read_losses(model, ids, **SIZES, chunk=7), parts)
+def test_a_hit_is_what_greedy_decoding_would_draw(model, ids) -> None:
+    """Reference: ``generate()`` of transformers, one token after each beginning."""
+    cache = SinkCache(model, **SIZES)
+    hits = torch.cat([scores.hits for scores in score_stream(model, ids[:1], cache)], dim=1)[0]
+    for end in range(1, SIZES["window"]):
+        drawn = model.generate(ids[:1, :end], max_new_tokens=1, do_sample=False)[0, end]
+        assert hits[end - 1] == (drawn == ids[0, end])
 
 
-def test_losses_within_the_window_are_the_dense_ones(model, ids) -> None:
-    """Reference: one dense forward."""
-    short = ids[:, :16]
+def test_a_stream_goes_on_where_it_was_left(model, ids) -> None:
+    """Reference: the stream in one go."""
+    whole = read_losses(model, ids, SinkCache(model, **SIZES, batch_size=3))
+    cache = SinkCache(model, **SIZES, batch_size=3)
+    begun = torch.cat([scores.losses for scores in score_stream(model, ids[:, :50], cache)], dim=1)
+    rest = torch.cat([scores.losses for scores in score_stream(model, ids, cache, begin=begun.shape[1])], dim=1)
+    torch.testing.assert_close(torch.cat([begun, rest], dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_ids_may_be_mapped_from_a_file(model, ids) -> None:
+    """Reference: the same ids in memory."""
+    mapped = ids.numpy().astype(np.uint32)
+    expected = read_losses(model, ids, SinkCache(model, **SIZES, batch_size=3))
+    assert torch.equal(read_losses(model, mapped, SinkCache(model, **SIZES, batch_size=3)), expected)
+
+
+@pytest.mark.parametrize("length", [16, 120])
+def test_dense_attention_is_read_by_the_same_loop(model, ids, length) -> None:
+    """Reference: one dense forward; while nothing has left, a stream's losses are the same."""
     with torch.no_grad():
-        logits = model(short).logits.float()
-    expected = cross_entropy(logits[:, :-1].transpose(1, 2), short[:, 1:], reduction="none")
-    got = torch.cat(list(stream_losses(model, short, **SIZES)), dim=1)
+        logits = model(ids[:, :length]).logits.float()
+    expected = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:length], reduction="none")
+    got = read_losses(model, ids[:, :length], DynamicCache(config=model.config), step=7)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    if length <= SIZES["window"] + SIZES["sinks"]:
+        streamed = read_losses(model, ids[:, :length], SinkCache(model, **SIZES, batch_size=3))
+        torch.testing.assert_close(streamed, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_perplexity_is_that_of_a_fair_choice() -> None:
@@ -100,7 +123,7 @@ def test_with_a_zero_sink_what_falls_on_nothing_is_what_is_left(ids) -> None:
 
 def test_a_reader_of_losses_is_not_in_inference_mode(model, ids) -> None:
     """Reference: the mode before."""
-    losses = stream_losses(model, ids, **SIZES)
-    next(losses)
+    scores = score_stream(model, ids, SinkCache(model, **SIZES, batch_size=3))
+    next(scores)
     assert not torch.is_inference_mode_enabled()
-    losses.close()
+    scores.close()

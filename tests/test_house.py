@@ -184,7 +184,8 @@ def test_the_tested_set_pins_every_dependency_within_its_range(requirement: str)
 
 def test_every_package_that_the_source_imports_is_a_dependency() -> None:
     """Imports under ``TYPE_CHECKING`` count too: a type checker needs the package as well."""
-    groups = (PROJECT["project"]["dependencies"], PROJECT["project"]["optional-dependencies"]["train"])
+    extras = PROJECT["project"]["optional-dependencies"]
+    groups = (PROJECT["project"]["dependencies"], *(extras[name] for name in extras if name != "dev"))
     declared = {canonicalize_name(Requirement(text).name) for group in groups for text in group}
     imported = set()
     for file in MODULES:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import streamllm
-from streamllm.evaluate.perplexity import stream_losses
+from streamllm import SinkCache
+from streamllm.evaluate.scores import read_losses
 from toys import FLAGS
 
 pytestmark = pytest.mark.usefixtures("no_settings")
@@ -103,7 +104,7 @@ def test_the_long_stream_is_compared_on_the_same_tokens(
     figures = json.loads((tmp_path / "million.json").read_text())["figures"]
     model, tokenizer = streamllm.load(trained["token"])
     ids = million.first_ids(tokenizer, [text], 4000)
-    whole = torch.cat(list(stream_losses(model, ids, sinks=1, window=12, block=4)), 1)[0]
+    whole = read_losses(model, ids, SinkCache(model, 1, 12, 4), step=5)[0]
     assert figures["tokens"] == 3999
     assert len(figures["curve"]) == 7
     assert figures["curve"][1] == pytest.approx(float(whole[500:1000].double().mean().exp()), rel=1e-5)
@@ -111,7 +112,7 @@ def test_the_long_stream_is_compared_on_the_same_tokens(
     assert figures["last"]["ratio"] == pytest.approx(1, abs=0.1)
     assert len(figures["dense"]) == len(figures["stream_beside_dense"]) == 8
     assert figures["dense"][0] == pytest.approx(dense(model, ids[:, :33]), rel=1e-4)
-    one = torch.cat(list(stream_losses(model, ids, sinks=1, window=15, block=1)), 1).double().mean().exp()
+    one = read_losses(model, ids, SinkCache(model, 1, 15, 1), step=5).double().mean().exp()
     assert list(figures["pinned"]) == ["0+16", "1+15", "2+14", "4+12"]
     assert figures["pinned"]["1+15"] == pytest.approx(float(one), rel=1e-5)
     assert (tmp_path / "million.png").stat().st_size > 1000

@@ -225,7 +225,7 @@ def test_a_folder_that_exists_is_refused_and_left_as_it_is(text: Path, tmp_path:
         (("--context", "16"), 2, "context must be a whole number of at least 32"),
         (("--measures", "0"), 2, "measures must be a whole number of at least 1"),
         (("--tokenizer", "nowhere"), 2, "tokenizer.*nowhere cannot be read"),
-        (("nowhere.txt",), 1, "The training text nowhere.txt does not exist"),
+        (("nowhere.txt",), 1, "The text nowhere.txt does not exist"),
         (("--save-dtype", "int8"), 2, "no dtype 'int8' to save"),
     ],
 )

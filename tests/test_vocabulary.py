@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from stories import STORIES
+from streamllm.corpus import END_OF_TEXT, Piece
 from streamllm.errors import ConfigError, InputError
 from streamllm.train import vocabulary
-from streamllm.train.corpus import END_OF_TEXT, Piece
 from streamllm.train.vocabulary import SINK_TOKEN, dress, encode, read_tokenizer, token_id, train_tokenizer
 
 

@@ -1,4 +1,4 @@
-"""The commands: ``run``, ``train``, ``doctor``, ``config``.
+"""The commands: ``run``, ``train``, ``doctor``, ``config``; ``eval`` has a file of its own (``cli_eval``).
 
 They turn flags into calls and results into lines; every rule stands elsewhere. Heavy modules are imported inside the
 commands, so that ``--help`` and ``--version`` answer at once. Errors leave as exceptions: ``__main__`` has the one
@@ -15,16 +15,42 @@ from typing import Annotated, Any
 import typer
 
 import streamllm
+from streamllm import cli_eval
 from streamllm.config import CacheConfig, SamplingConfig
 from streamllm.console import Answer, Screen
+from streamllm.corpus import Source
 from streamllm.errors import ConfigError, InputError
+from streamllm.evaluate.catalogue import EVALUATIONS
+from streamllm.flags import (
+    Block,
+    Debug,
+    Device,
+    Dtype,
+    Endless,
+    Json,
+    MaxTokens,
+    MinP,
+    Model,
+    Quiet,
+    RepetitionPenalty,
+    Seed,
+    ShowStats,
+    Sinks,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    Verbose,
+    Window,
+    begin,
+    one_off,
+    setting,
+    source,
+)
 from streamllm.run import Job
 from streamllm.settings import SETTINGS, read_settings, settings_file
-from streamllm.train.corpus import Source
 from streamllm.train.job import TrainJob
 from streamllm.train.recipe import MEASURES, SAVE_DTYPES, Recipe
-
-_SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
 
 app = typer.Typer(
     name="streamllm",
@@ -34,39 +60,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _setting(name: str) -> Any:
-    setting = SETTINGS[name]
-    flags = [setting.flag] if setting.short is None else [setting.short, setting.flag]
-    metavar = "TEXT" if setting.kind is list else None
-    return typer.Option(*flags, envvar=setting.env, help=setting.help, metavar=metavar)
-
-
-def _one_off(*flags: str, help: str) -> Any:
-    return typer.Option(*flags, envvar=f"STREAMLLM_{flags[-1][2:].upper().replace('-', '_')}", help=help)
-
-
-Model = Annotated[str | None, _setting("model")]
-Device = Annotated[str, _setting("device")]
-Dtype = Annotated[str, _setting("dtype")]
-Sinks = Annotated[int, _setting("sinks")]
-Window = Annotated[int | None, _setting("window")]
-Block = Annotated[int, _setting("block")]
-Temperature = Annotated[float, _setting("temperature")]
-TopK = Annotated[int, _setting("top_k")]
-TopP = Annotated[float, _setting("top_p")]
-MinP = Annotated[float, _setting("min_p")]
-RepetitionPenalty = Annotated[float, _setting("repetition_penalty")]
-Seed = Annotated[int | None, _setting("seed")]
-MaxTokens = Annotated[int | None, _setting("max_tokens")]
-Stop = Annotated[list[str] | None, _setting("stop")]
-Endless = Annotated[bool, _setting("endless")]
-ShowStats = Annotated[bool, _setting("stats")]
-Json = Annotated[bool, _setting("json")]
-Quiet = Annotated[bool, _setting("quiet")]
-Verbose = Annotated[bool, _setting("verbose")]
-Debug = Annotated[bool, _one_off("--debug", help="Show the traceback of an error.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -92,6 +85,7 @@ def top(
         ctx.obj = error  # raised by the command itself, so that --help works beside a broken file
     else:
         ctx.default_map = dict.fromkeys(("run", "train", "doctor"), values)
+        ctx.default_map["eval"] = dict.fromkeys(EVALUATIONS, values)
 
 
 @app.command()
@@ -101,7 +95,7 @@ def run(
         str | None, typer.Argument(metavar="PROMPT", help="What to go on from; piped text comes first.")
     ] = None,
     model: Model = None,
-    prompt: Annotated[str | None, _one_off("-p", "--prompt", help="The same, as a flag.")] = None,
+    prompt: Annotated[str | None, one_off("-p", "--prompt", help="The same, as a flag.")] = None,
     device: Device = SETTINGS["device"].default,
     dtype: Dtype = SETTINGS["dtype"].default,
     sinks: Sinks = CacheConfig.sinks,
@@ -118,11 +112,11 @@ def run(
     endless: Endless = False,
     save: Annotated[
         Path | None,
-        _one_off("--save", help="Save the stream to this file at the end."),
+        one_off("--save", help="Save the stream to this file at the end."),
     ] = None,
     resume: Annotated[
         Path | None,
-        _one_off("--resume", help="Go on from a saved stream."),
+        one_off("--resume", help="Go on from a saved stream."),
     ] = None,
     stats: ShowStats = False,
     json: Json = False,
@@ -131,9 +125,9 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Write on from a prompt, for as long as you like."""
-    _begin(ctx)
+    begin(ctx)
     job = Job(
-        prompt=_only_one(text, prompt, is_flag=_source(ctx, "prompt") == "flag"),
+        prompt=_only_one(text, prompt, is_flag=source(ctx, "prompt") == "flag"),
         model=model,
         device=device,
         dtype=dtype,
@@ -146,7 +140,7 @@ def run(
             repetition_penalty=repetition_penalty,
             seed=seed,
         ),
-        explicit=frozenset(name for name in ctx.params if _source(ctx, name) == "flag"),
+        explicit=frozenset(name for name in ctx.params if source(ctx, name) == "flag"),
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
         endless=endless,
@@ -166,41 +160,41 @@ def train(
     files: Annotated[list[str] | None, typer.Argument(metavar="FILES", help="More text, as with --data.")] = None,
     data: Annotated[
         list[str] | None,
-        _one_off("--data", help="Text: .txt or .jsonl, also .xz .gz .bz2 .zst; FILE:3 counts it three times."),
+        one_off("--data", help="Text: .txt or .jsonl, also .xz .gz .bz2 .zst; FILE:3 counts it three times."),
     ] = None,
-    out: Annotated[Path | None, _one_off("--out", help="Folder of the model; must not exist.")] = None,
-    size: Annotated[str, _one_off("--size", help="toy, tiny, small, medium or base.")] = Recipe.size,
-    sink: Annotated[str, _one_off("--sink", help="token, zero or none: what idle heads attend to.")] = Recipe.sink,
-    minutes: Annotated[float | None, _one_off("--minutes", help="How long to train, about.")] = None,
-    tokens: Annotated[int | None, _one_off("--tokens", help="How much to train on, instead.")] = None,
+    out: Annotated[Path | None, one_off("--out", help="Folder of the model; must not exist.")] = None,
+    size: Annotated[str, one_off("--size", help="toy, tiny, small, medium or base.")] = Recipe.size,
+    sink: Annotated[str, one_off("--sink", help="token, zero or none: what idle heads attend to.")] = Recipe.sink,
+    minutes: Annotated[float | None, one_off("--minutes", help="How long to train, about.")] = None,
+    tokens: Annotated[int | None, one_off("--tokens", help="How much to train on, instead.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     heldout: Annotated[
-        list[str] | None, _one_off("--heldout", help="Text to measure on; the ends of the files if left out.")
+        list[str] | None, one_off("--heldout", help="Text to measure on; the ends of the files if left out.")
     ] = None,
-    tokenizer: Annotated[Path | None, _one_off("--tokenizer", help="tokenizer.json to use, not a new one.")] = None,
-    hidden: Annotated[int | None, _one_off("--hidden", help="Width, if not that of the size.")] = None,
-    layers: Annotated[int | None, _one_off("--layers", help="Depth, if not that of the size.")] = None,
-    heads: Annotated[int | None, _one_off("--heads", help="Heads, if not those of the size.")] = None,
-    kv_heads: Annotated[int | None, _one_off("--kv-heads", help="Heads of keys and values.")] = None,
-    intermediate: Annotated[int | None, _one_off("--intermediate", help="Width of the feed-forward.")] = None,
-    vocabulary: Annotated[int | None, _one_off("--vocabulary", help="Ids of a new tokenizer.")] = None,
-    context: Annotated[int | None, _one_off("--context", help="Tokens of a sequence.")] = None,
-    optimizer: Annotated[str, _one_off("--optimizer", help="muon or adamw.")] = Recipe.optimizer,
+    tokenizer: Annotated[Path | None, one_off("--tokenizer", help="tokenizer.json to use, not a new one.")] = None,
+    hidden: Annotated[int | None, one_off("--hidden", help="Width, if not that of the size.")] = None,
+    layers: Annotated[int | None, one_off("--layers", help="Depth, if not that of the size.")] = None,
+    heads: Annotated[int | None, one_off("--heads", help="Heads, if not those of the size.")] = None,
+    kv_heads: Annotated[int | None, one_off("--kv-heads", help="Heads of keys and values.")] = None,
+    intermediate: Annotated[int | None, one_off("--intermediate", help="Width of the feed-forward.")] = None,
+    vocabulary: Annotated[int | None, one_off("--vocabulary", help="Ids of a new tokenizer.")] = None,
+    context: Annotated[int | None, one_off("--context", help="Tokens of a sequence.")] = None,
+    optimizer: Annotated[str, one_off("--optimizer", help="muon or adamw.")] = Recipe.optimizer,
     learning_rate: Annotated[
-        float, _one_off("--learning-rate", help="At its highest, after the warm-up.")
+        float, one_off("--learning-rate", help="At its highest, after the warm-up.")
     ] = Recipe.learning_rate,
-    weight_decay: Annotated[float, _one_off("--weight-decay", help="Of matrices.")] = Recipe.weight_decay,
-    batch_tokens: Annotated[int, _one_off("--batch-tokens", help="Tokens of one step.")] = Recipe.batch_tokens,
-    warmup: Annotated[float, _one_off("--warmup", help="Share of the run.")] = Recipe.warmup,
-    final: Annotated[float, _one_off("--final", help="Learning rate at the end, as a share.")] = Recipe.final,
-    clip: Annotated[float, _one_off("--clip", help="Largest norm of the gradient.")] = Recipe.clip,
-    seed: Annotated[int, _setting("seed")] = Recipe.seed,
-    train_dtype: Annotated[str, _one_off("--train-dtype", help="auto, float32 or bfloat16.")] = Recipe.dtype,
-    save_dtype: Annotated[str, _one_off("--save-dtype", help="float32, bfloat16 or float16.")] = SAVE_DTYPES[0],
+    weight_decay: Annotated[float, one_off("--weight-decay", help="Of matrices.")] = Recipe.weight_decay,
+    batch_tokens: Annotated[int, one_off("--batch-tokens", help="Tokens of one step.")] = Recipe.batch_tokens,
+    warmup: Annotated[float, one_off("--warmup", help="Share of the run.")] = Recipe.warmup,
+    final: Annotated[float, one_off("--final", help="Learning rate at the end, as a share.")] = Recipe.final,
+    clip: Annotated[float, one_off("--clip", help="Largest norm of the gradient.")] = Recipe.clip,
+    seed: Annotated[int, setting("seed")] = Recipe.seed,
+    train_dtype: Annotated[str, one_off("--train-dtype", help="auto, float32 or bfloat16.")] = Recipe.dtype,
+    save_dtype: Annotated[str, one_off("--save-dtype", help="float32, bfloat16 or float16.")] = SAVE_DTYPES[0],
     compiles: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the model, if there is a C++ compiler.")
     ] = True,
-    measures: Annotated[int, _one_off("--measures", help="How often to measure on held-out text.")] = MEASURES,
+    measures: Annotated[int, one_off("--measures", help="How often to measure on held-out text.")] = MEASURES,
     device: Device = SETTINGS["device"].default,
     json: Json = False,
     quiet: Quiet = False,
@@ -210,14 +204,14 @@ def train(
 
     Its sequences begin with a sink token, so that it can stream with that one token pinned.
     """
-    _begin(ctx)
+    begin(ctx)
     if out is None:
         raise ConfigError("Name the folder of the model with --out.")
     # Not called dtype, which in a settings file is the type to run a model in.
     values = {**ctx.params, "dtype": train_dtype}
     job = TrainJob(
         values={name: value for name, value in values.items() if name in Recipe.__dataclass_fields__},
-        explicit=frozenset(name.removeprefix("train_") for name in ctx.params if _source(ctx, name) == "flag"),
+        explicit=frozenset(name.removeprefix("train_") for name in ctx.params if source(ctx, name) == "flag"),
         data=tuple(Source.parse(text) for text in (*(data or ()), *(files or ()))),
         held_out=tuple(Source.parse(text) for text in heldout or ()),
         out=out,
@@ -234,6 +228,9 @@ def train(
     raise typer.Exit(job.run())
 
 
+app.add_typer(cli_eval.app, name="eval")
+
+
 @app.command()
 def doctor(
     ctx: typer.Context,
@@ -248,7 +245,7 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Say whether and how a model can stream here."""
-    _begin(ctx)
+    begin(ctx)
     config = CacheConfig(sinks, window, block)
     with Screen(quiet=quiet) as screen:
         answer = Answer()
@@ -274,11 +271,11 @@ def config(
 
     Takes the flags of run, to try them out.
     """
-    _begin(ctx)
+    begin(ctx)
     assert ctx.parent is not None
     command: Any = ctx.parent.command
     with command.commands["run"].make_context("run", list(ctx.args), parent=ctx.parent) as run_ctx:
-        found = {name: (run_ctx.params[name], _source(run_ctx, name)) for name in SETTINGS}
+        found = {name: (run_ctx.params[name], source(run_ctx, name)) for name in SETTINGS}
     file = settings_file()
     answer = Answer()
     if json:
@@ -294,18 +291,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(repr, value))
     return "" if value is None else str(value)
-
-
-def _begin(ctx: typer.Context) -> None:
-    """Raise what is wrong with the settings file."""
-    if isinstance(ctx.obj, ConfigError):
-        raise ctx.obj
-
-
-def _source(ctx: typer.Context, name: str) -> str:
-    """Return where a setting comes from: flag, environment, file or default."""
-    source = ctx.get_parameter_source(name)
-    return _SOURCES[source.name] if source is not None else "default"
 
 
 def _only_one(text: str | None, prompt: str | None, *, is_flag: bool) -> str:

@@ -1,63 +1,217 @@
-"""Losses along a stream: how well a model with a bounded cache foresees each next token (paper, section 4.1).
+"""Perplexity along a stream, methods side by side (paper, figures 3 and 5, table 1).
 
-Shapes: ``B`` streams side by side, ``N`` tokens of each. Chunks run over evictions exactly, so the length of a chunk
-changes the time and nothing else. Nothing here knows about files.
+Protocol of the paper: the loss of every token counts, the warm-up included; the cache is carried across documents.
+The head of the text, which every method reads as far as it can, shows where they part; the rest is read by those whose
+memory is bounded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from streamllm.config import PREFILL_CHUNK, CacheConfig, check_count
+from streamllm.evaluate.evaluation import Evaluation, Figures, option, spell_interval
+from streamllm.evaluate.methods import METHODS, cache_maker, check_methods
 
-from streamllm.cache import SinkCache
-from streamllm.config import PREFILL_CHUNK
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from streamllm.evaluate.desk import Desk
+
+DENSE_CONTEXTS = 8
+"""Trained lengths that dense attention reads, where nobody says otherwise: far enough to see it fail."""
+
+ONLY_HEAD = ("dense", "recompute")
+"""Methods that do not read the whole text: one would fill the memory, the other takes too long."""
 
 
-def stream_losses(
-    model: PreTrainedModel, ids: Tensor, *, sinks: int, window: int, block: int, chunk: int = PREFILL_CHUNK
-) -> Iterator[Tensor]:
-    """Negative log-likelihoods in nats of ``ids[:, 1:]``, as they are read, [B, n] each.
+@dataclass(frozen=True)
+class Perplexity(Evaluation):
+    """See the module.
 
     Args:
-        model: a causal language model.
-        ids: [B, N] tokens of B streams of equal age.
-        sinks, window, block: of the cache, see ``CacheConfig``.
-        chunk: tokens of a forward at most.
+        methods: of ``METHODS``.
+        tokens: of the text at most; ``None``: all of it.
+        sinks, window, block: of the cache (``CacheConfig``).
+        step: tokens of a forward; 1 reads token by token, as the paper's reference does.
+        dense_limit: tokens of the head, which dense attention reads too; ``None``: 8 trained lengths, or what fits
+            into the memory.
+        recompute_limit: tokens that re-computation at every token reads.
+        every_document: put the tokenizer's begin token in front of every document, not only of the first.
 
     Raises:
-        ConfigError, UnsupportedModelError: as ``SinkCache``.
+        ConfigError: a value is out of range.
     """
-    cache = SinkCache(model, sinks, window, block, batch_size=len(ids))
-    begin, total = 0, ids.shape[1] - 1
-    while begin < total:
-        width = min(cache.columns(None, chunk), total - begin)
-        with torch.inference_mode():
-            logits = model(input_ids=ids[:, begin : begin + width], past_key_values=cache, use_cache=True).logits
-            targets = ids[:, begin + 1 : begin + width + 1]
-            losses = cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-        yield losses  # outside of the mode, which would be the caller's, too
-        begin += width
+
+    methods: tuple[str, ...] = option(METHODS, "Side by side.")
+    tokens: int | None = option(None, "Of the text at most; all of it if left out.")
+    sinks: int = CacheConfig.sinks
+    window: int | None = CacheConfig.window
+    block: int = CacheConfig.block
+    step: int = option(PREFILL_CHUNK, "Tokens of a forward; changes the time only.")
+    dense_limit: int | None = option(None, "Tokens that dense attention reads; 8 trained lengths if left out.")
+    recompute_limit: int = option(2000, "Tokens that re-computation at every token reads.")
+    every_document: bool = option(False, "Begin every document with the begin token, not only the first.")
+
+    name: ClassVar[str] = "perplexity"
+    title: ClassVar[str] = "Perplexity along a stream, methods side by side"
+    quick: ClassVar[dict[str, Any]] = {"tokens": 3000, "window": 124, "dense_limit": 1200, "recompute_limit": 200}
+
+    def __post_init__(self) -> None:
+        CacheConfig(self.sinks, self.window, self.block)
+        check_methods(self.methods)
+        check_count("step", self.step, 1)
+        check_count("recompute_limit", self.recompute_limit, 2)
+        for name, value in (("tokens", self.tokens), ("dense_limit", self.dense_limit)):
+            if value is not None:
+                check_count(name, value, 2)
+
+    def run(self, desk: Desk) -> Figures:
+        """Read the head with all methods, and all of the text with those that can."""
+        from streamllm.cache import SinkCache
+
+        fitted = SinkCache(desk.model, self.sinks, self.window, self.block)
+        window, trained = fitted.config.window, fitted.spec.trained_length
+        assert window is not None
+        text = desk.text(self.tokens, least=self.sinks + window + 1, every_document=self.every_document)
+        total = text.ids.shape[1]
+        head = min(total, self.dense_limit or DENSE_CONTEXTS * fitted.spec.limit)
+        dense = min(head, self._dense_tokens(desk, fitted))
+        limits = {"dense": dense, "recompute": min(head, self.recompute_limit)}
+        makers = {m: cache_maker(m, desk.model, self.sinks, window, self.block) for m in self.methods}
+        endless = [m for m in self.methods if m not in ONLY_HEAD] if total > head else []
+        steps = sum(limits.get(m, head) - 1 for m in self.methods) + len(endless) * (total - 1)
+        found: Figures = {
+            "tokens": total,
+            "files": text.files,
+            "cache": {"sinks": self.sinks, "window": window, "block": self.block},
+            "trained_length": trained,
+            "head": {"tokens": head, "methods": {}},
+            "stream": None,
+        }
+        with desk.work(steps):
+            curves = {
+                m: desk.stream(f"{m}, head", text.ids[:, : limits.get(m, head)], makers[m], step=self.step, points=head)
+                for m in self.methods
+            }
+            found["head"]["methods"] = _compare(curves)
+            if endless:
+                curves = {m: desk.stream(m, text.ids, makers[m], step=self.step) for m in endless}
+                found["stream"] = {"tokens": total, "methods": _compare(curves)}
+        return found
+
+    def _dense_tokens(self, desk: Desk, fitted: Any) -> int:
+        """How far dense attention can read: learned positions end, and so does the memory."""
+        from streamllm.models import free_bytes
+
+        if fitted.spec.positions == "absolute":
+            return int(fitted.spec.limit)
+        free = free_bytes(desk.model.device)
+        each = sum(layer.bytes_per_token for layer in fitted.spec.layers)
+        return free // (4 * each) if free and each else 1 << 40  # keys and values grow by copying, so far from all
+
+    @staticmethod
+    def rows(figures: Figures) -> Sequence[tuple[str, ...]]:
+        """A line a method."""
+        rows: list[tuple[str, ...]] = [
+            ("method", "tokens", "perplexity", "beside streaming, same tokens", "ms a token", "cache")
+        ]
+        for part in ("head", "stream"):
+            for name, found in (figures[part] or {"methods": {}})["methods"].items():
+                beside = spell_interval(found["ratio"]) if found["ratio"] else ""
+                rows.append(
+                    (
+                        name,
+                        f"{found['tokens']:,}",
+                        spell_interval(found["perplexity"]),
+                        beside,
+                        f"{found['ms_per_token']:.2f}",
+                        f"{found['cache_bytes'] / 1e6:.2f} MB",
+                    )
+                )
+        return rows
+
+    @staticmethod
+    def verdict(figures: Figures) -> str:
+        """What becomes of each method."""
+        part = figures["stream"] or figures["head"]
+        found = part["methods"].get("streaming")
+        if not found:
+            return f"{part['tokens']:,} tokens read; streaming was not among the methods."
+        means = [loss / n for loss, n in zip(found["curve"]["losses"], _counts(found["curve"]), strict=True)]
+        tenth = max(1, len(means) // 10)
+        first, last = (math.exp(sum(some) / tenth) for some in (means[:tenth], means[-tenth:]))
+        rest = []
+        for name in ("dense", "window"):
+            other = figures["head"]["methods"].get(name)
+            if other and other["ratio"]:
+                rest.append(f"{name} has {other['ratio'][0]:.2f} times its perplexity over the same tokens")
+        ends = f" Beside it, {'; '.join(rest)}." if rest else ""
+        return (
+            f"The stream of {found['tokens']:,} tokens has perplexity {found['perplexity'][0]:.2f} in "
+            f"{found['cache_bytes'] / 1e6:.2f} MB of cache ({first:.2f} in its first tenth, {last:.2f} in its last)."
+            f"{ends}"
+        )
+
+    @staticmethod
+    def draw(figures: Figures) -> Figure:
+        """Log perplexity and memory against tokens: the field's picture."""
+        from streamllm.evaluate.figure import COLORS, make_figure
+
+        sizes, both = figures["cache"], figures["stream"] is not None
+        title = f"{sizes['sinks']} + {sizes['window']} tokens cached, blocks of {sizes['block']}"
+        figure, axes = make_figure(title, 3, rows=2 if both else 1)
+        for row, part in enumerate(("head", "stream") if both else ("head",)):
+            losses, memory, times = axes[3 * row : 3 * row + 3]
+            for name, found in figures[part]["methods"].items():
+                curve = _curve(found)
+                color, places, scale = COLORS[name], curve.places, 1000 if part == "head" else 1e6
+                at = [place / scale for place in places]
+                losses.plot(at, curve.means, color=color, label=name, lw=1.4)
+                grown = curve.cache_bytes if part == "head" else curve.rss_bytes
+                memory.plot(at, [n / 1e6 for n in grown], color=color, label=name, lw=1.4)
+                pace = [1000 * s / n for s, n in zip(curve.seconds, curve.counts, strict=True)]
+                times.plot(at, pace, color=color, label=name, lw=1.4)
+            unit = "thousand tokens" if part == "head" else "million tokens"
+            trained = figures["trained_length"]
+            if part == "head" and trained and trained < figures["head"]["tokens"]:
+                losses.axvline(trained / 1000, color="0.6", lw=0.8, ls=":")
+                losses.text(trained / 1000, losses.get_ylim()[1], " trained length", va="top", fontsize="x-small")
+            losses.set(title="log perplexity", xlabel=unit, ylabel="nats a token")
+            kind = "keys and values" if part == "head" else "memory of the process"
+            memory.set(title=kind, xlabel=unit, ylabel="MB", ylim=(0, None))
+            times.set(title="time", xlabel=unit, ylabel="ms a token", yscale="log")
+            losses.legend(fontsize="small")
+        return figure
 
 
-def read_losses(model: PreTrainedModel, ids: Tensor, **options: int) -> Tensor:
-    """All losses of ``stream_losses``, [B, N - 1], on the CPU; same arguments and errors.
-
-    They are put into one tensor as they come: many small ones, kept between the large ones of the forwards, would leave
-    the allocator with holes that nothing fits into.
-    """
-    found = torch.empty(len(ids), ids.shape[1] - 1)
-    begin = 0
-    for part in stream_losses(model, ids, **options):
-        found[:, begin : begin + part.shape[1]] = part
-        begin += part.shape[1]
+def _compare(curves: dict[str, Any]) -> dict[str, Any]:
+    """Figures of each method, and the ratio to streaming on the same tokens."""
+    base = curves.get("streaming")
+    found = {}
+    for name, curve in curves.items():
+        comparable = base is not None and name != "streaming" and min(curve.done, base.done) >= base.stretch
+        found[name] = {
+            "tokens": curve.done,
+            "perplexity": curve.interval(),
+            "ratio": curve.ratio(base) if comparable else None,
+            "ms_per_token": 1000 * sum(curve.seconds) / curve.done,
+            "cache_bytes": max(curve.cache_bytes),
+            "curve": curve.to_dict(),
+        }
     return found
 
 
-def perplexity(losses: Tensor) -> float:
-    """Exponential of the mean loss."""
-    return math.exp(float(losses.double().mean()))
+def _curve(found: dict[str, Any]) -> Any:
+    from streamllm.evaluate.curve import Curve
+
+    return Curve.from_dict(found["curve"])
+
+
+def _counts(curve: dict[str, Any]) -> list[int]:
+    whole = [curve["stretch"]] * len(curve["losses"])
+    whole[-1] = curve["done"] - curve["stretch"] * (len(whole) - 1)
+    return whole

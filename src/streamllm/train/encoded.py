@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamllm.atomic import write_atomically
+from streamllm.corpus import Piece, Source, no_text, read_file
 from streamllm.errors import InputError
-from streamllm.train.corpus import Piece, Source, no_text, read_file
 from streamllm.train.sequences import Stretch
 from streamllm.train.vocabulary import encode
 

@@ -20,7 +20,7 @@ from streamllm.train.card import make_card
 from streamllm.train.vocabulary import dress
 
 if TYPE_CHECKING:
-    from streamllm.train.corpus import Source
+    from streamllm.corpus import Source
     from streamllm.train.saved_run import SavedRun
     from streamllm.train.trainer import Trainer
 
@@ -96,7 +96,8 @@ def _name(device: torch.device) -> str:
 def _draw(rows: list[dict[str, Any]], saved: SavedRun, title: str) -> None:
     """The figure of the run, if matplotlib is there."""
     try:
-        from streamllm.train.figure import draw_run, save_figure
+        from streamllm.evaluate.figure import save_figure
+        from streamllm.train.figure import draw_run
 
         save_figure(draw_run(rows, title), saved.folder / "loss")
     except ImportError:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from streamllm.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FORMATS = ("png", "svg")
 
 
 def draw_run(rows: Sequence[dict[str, Any]], title: str) -> Figure:
@@ -47,15 +41,3 @@ def draw_run(rows: Sequence[dict[str, Any]], title: str) -> Figure:
         axes.set_xlabel("tokens trained")
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write ``path`` with each of ``FORMATS`` as its ending.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    for kind in FORMATS:
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=kind, dpi=150)
-        write_atomically(path.with_suffix(f".{kind}"), drawn.getvalue())

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from streamllm import zero_sink
+from streamllm.cache import SinkCache
 from streamllm.config import CacheConfig
 from streamllm.errors import InputError
 from streamllm.evaluate.attention import sink_mass
-from streamllm.evaluate.perplexity import perplexity, read_losses
+from streamllm.evaluate.scores import perplexity, read_losses
 from streamllm.train.encoded import Encoded
 from streamllm.train.trainer import Trainer
 
@@ -80,7 +81,8 @@ class HeldOut:
         streams = self.trainer.begin(self.streams).to(self.trainer.device)
         both = {}
         for sinks in (0, CacheConfig.sinks):
-            losses = read_losses(self.copy, streams, sinks=sinks, window=size - sinks, block=BLOCK)
+            cache = SinkCache(self.copy, sinks, size - sinks, BLOCK, batch_size=len(streams))
+            losses = read_losses(self.copy, streams, cache)
             both[f"{sinks}+{size - sinks}"] = perplexity(losses[:, size:])  # before that nothing has left
         values = list(both.values())
         return {

@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from streamllm.atomic import write_atomically
 from streamllm.config import check_count
 from streamllm.console import Answer, Screen, Signals
+from streamllm.corpus import Source, read_documents
 from streamllm.errors import ConfigError, InputError, StateError, StreamLLMError
-from streamllm.train.corpus import Source, read_documents
 from streamllm.train.recipe import SAVE_DTYPES, Recipe
 
 if TYPE_CHECKING:
@@ -280,8 +280,8 @@ class TrainJob:
 
     def _trainer(self, recipe: Recipe, corpus: Encoded, tokenizer: Tokenizer, screen: Screen) -> Trainer:
         """A trainer at its first step."""
+        from streamllm.corpus import END_OF_TEXT
         from streamllm.models import find_device
-        from streamllm.train.corpus import END_OF_TEXT
         from streamllm.train.sequences import Sequences
         from streamllm.train.trainer import Trainer, make_model
         from streamllm.train.vocabulary import SINK_TOKEN, token_id

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamllm.checkpoint import first_line
+from streamllm.corpus import END_OF_TEXT, Piece
 from streamllm.errors import ConfigError, InputError
-from streamllm.train.corpus import END_OF_TEXT, Piece
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -72,14 +72,14 @@ class Source:
             file = Path(name if weighted else text).expanduser()
             exists, is_file, is_folder = file.exists(), file.is_file(), file.is_dir()
         except (OSError, RuntimeError) as error:  # a name too long, a closed folder, an unknown home
-            raise InputError(f"The training text {text} cannot be found: {_why(error)}; check its name.") from error
+            raise InputError(f"The text {text} cannot be found: {_why(error)}; check its name.") from error
         if weighted and not (len(weight) < 5 and 1 <= int(weight) <= MOST_WEIGHT):
             raise ConfigError(f"The weight of {name} must be between 1 and {MOST_WEIGHT}, you gave {weight}.")
         if not is_file:
             what = "does not exist; check its name (FILE, or FILE:3 for three times)"
             if exists:
                 what = "is a folder; name its files" if is_folder else "is no ordinary file; copy it into one"
-            raise InputError(f"The training text {file} {what}.")
+            raise InputError(f"The text {file} {what}.")
         source = cls(file, int(weight) if weighted else 1)
         if source.kind not in SUFFIXES:
             raise ConfigError(

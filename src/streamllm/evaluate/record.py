@@ -1,7 +1,8 @@
-"""The record of one run of a benchmark: what was measured, on what, by which command.
+"""The record of one run of an evaluation or a benchmark: what was measured, on what, by which command.
 
 A figure without its machine, commit and command cannot be compared with anything, so they are written together, as one
-JSON file in docs/results/. Names of hosts, users and folders are left out.
+JSON file. Names of hosts, users and folders are left out. Nothing here loads torch, but for the description of the
+machine.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results"
+from streamllm.atomic import write_atomically
+from streamllm.errors import InputError
 
-STORIES = ROOT / "tests" / "models" / "stories260K"
-"""The small model of others that long streams are measured on."""
+FORMAT = 1
+"""Of the file. One that is higher was written by a later streamllm."""
+
+SOURCES = Path(__file__).resolve().parents[3]
+"""The working tree, where streamllm runs from one."""
 
 BUSY = 0.5
 """Load, in the minute before, from which on times are worth little."""
@@ -35,7 +37,7 @@ class Record:
     """One run.
 
     Args:
-        name: of the benchmark.
+        name: of the evaluation or benchmark.
         command: what to type to run it again.
         began: when, in UTC.
         commit: of the working tree; "-dirty" if other files than results differ from it, "unknown" without git.
@@ -43,6 +45,7 @@ class Record:
         model: what was run.
         dtype: of its weights.
         figures: what was measured.
+        format: of the file.
     """
 
     name: str
@@ -53,48 +56,59 @@ class Record:
     model: str
     dtype: str
     figures: dict[str, Any]
+    format: int = FORMAT
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether others used the machine when it began, so that times are noisy."""
+        return (self.machine["load_before"] or 0) > BUSY
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, ready for JSON."""
         return asdict(self)
 
     def save(self, path: Path) -> None:
-        """Write it to ``path``, wholly or not at all."""
+        """Write it to ``path``, wholly or not at all.
+
+        Raises:
+            OSError: the disk is full.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                json.dump(self.to_dict(), file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).chmod(0o644)
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
 
-def begin_record(name: str, argv: Sequence[str], model: str, dtype: str, *, folder: str = "benchmarks") -> Record:
-    """Return a record without figures; call it before measuring, when the machine is as the measurement finds it.
+def load_record(path: Path) -> Record:
+    """Read the record in ``path``.
 
-    ``folder``: where the script lies.
+    Raises:
+        InputError: it is none, or of a format that this version does not know.
     """
-    began, machine = datetime.now(UTC).isoformat(timespec="seconds"), describe_machine()
-    if (machine["load_before"] or 0) > BUSY:
-        print(f"Others use this machine (load {machine['load_before']}): the times will be noisy.", file=sys.stderr)
-    return Record(name, show_command(name, argv, folder), began, find_commit(), machine, model, dtype, {})
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The record {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is no record: it is not JSON.") from error
+    known = [field.name for field in fields(Record)]
+    if not isinstance(found, dict) or not set(known) - {"format"} <= found.keys():
+        raise InputError(f"{path} is no record of streamllm: run the evaluation again.")
+    if found.get("format", FORMAT) != FORMAT:
+        raise InputError(
+            f"The record {path} has format {found['format']}, this version reads {FORMAT}: update streamllm, or run "
+            "the evaluation again."
+        )
+    return Record(**{name: found[name] for name in known if name in found})
 
 
-def target_path(name: str, out: Path | None, *, quick: bool) -> Path | None:
-    """Where the record of benchmark ``name`` goes: ``out``, else docs/results/, and nowhere after a quick trial."""
-    if out is not None:
-        return out
-    return None if quick else RESULTS / f"{name}.json"
+def begin_record(name: str, command: str, model: str, dtype: str) -> Record:
+    """Return a record without figures; call it before measuring, when the machine is as the measurement finds it."""
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    return Record(name, command, began, find_commit(), describe_machine(), model, dtype, {})
 
 
-def show_command(name: str, argv: Sequence[str], folder: str = "benchmarks") -> str:
+def show_command(program: Sequence[str], argv: Sequence[str]) -> str:
     """The command line; of absolute paths only the last part, because folders of one machine mean nothing elsewhere."""
-    return shlex.join(["python", f"{folder}/{name}.py", *map(_without_folder, argv)])
+    return shlex.join([*program, *map(_without_folder, argv)])
 
 
 def _without_folder(argument: str) -> str:
@@ -104,6 +118,8 @@ def _without_folder(argument: str) -> str:
 
 def find_commit() -> str:
     """The commit of the working tree; results that were just written do not make it dirty."""
+    if not (SOURCES / ".git").exists():  # installed, maybe inside the tree of something else
+        return "unknown"
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         changes = _git("status", "--porcelain", "--", ".", ":(exclude)docs/results")
@@ -114,7 +130,7 @@ def find_commit() -> str:
 
 def _git(*arguments: str) -> str:
     command = ["git", "--no-optional-locks", *arguments]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(command, cwd=SOURCES, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def describe_machine() -> dict[str, Any]:

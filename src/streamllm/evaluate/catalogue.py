@@ -1,0 +1,17 @@
+"""The evaluations that there are, in the order in which a newcomer would take them. Nothing here loads torch."""
+
+from __future__ import annotations
+
+from streamllm.evaluate.cache_size import CacheSize
+from streamllm.evaluate.evaluation import Evaluation
+from streamllm.evaluate.perplexity import Perplexity
+from streamllm.evaluate.sinks import Sinks
+
+EVALUATIONS: dict[str, type[Evaluation]] = {
+    kind.name: kind
+    for kind in (
+        Perplexity,
+        Sinks,
+        CacheSize,
+    )
+}

@@ -1,0 +1,149 @@
+"""A stream's losses in constant memory: sums over a bounded number of stretches, and intervals from them.
+
+A stretch is long enough for its mean to be nearly independent of its neighbours', so that drawing stretches with
+replacement (bootstrap) gives an honest confidence interval of the mean over a text. Two streams over the same tokens
+are compared stretch by stretch, because texts differ in difficulty. Nothing here knows about torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+STRETCHES = 400
+"""Of a curve, at most."""
+
+SHORTEST = 100
+"""Tokens of a stretch, at least."""
+
+DRAWS = 4000
+"""Of a bootstrap."""
+
+LEVEL = 0.95
+"""Of all intervals."""
+
+
+class Curve:
+    """Losses of a stream of at most ``tokens`` tokens, by stretches; and what each stretch took.
+
+    Attributes:
+        stretch: tokens of one.
+        done: tokens added so far.
+        losses: sums in nats, one a stretch.
+        hits: tokens that were the most likely ones.
+        seconds: of reading.
+        cache_bytes, rss_bytes: of the cache and the process, at the end of each stretch.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.stretch = max(SHORTEST, math.ceil(tokens / STRETCHES))
+        self.done = 0
+        self.losses: list[float] = []
+        self.hits: list[int] = []
+        self.seconds: list[float] = []
+        self.cache_bytes: list[int] = []
+        self.rss_bytes: list[int] = []
+
+    def add(
+        self, losses: NDArray[Any], hits: NDArray[Any], *, seconds: float = 0.0, cache_bytes: int = 0, rss: int = 0
+    ) -> None:
+        """Take in the next losses and hits [n], and what reading them took."""
+        begin = 0
+        while begin < len(losses):
+            number, inside = divmod(self.done, self.stretch)
+            if number == len(self.losses):
+                self.losses.append(0.0)
+                self.hits.append(0)
+                self.seconds.append(0.0)
+                self.cache_bytes.append(0)
+                self.rss_bytes.append(0)
+            width = min(self.stretch - inside, len(losses) - begin)
+            part = slice(begin, begin + width)
+            self.losses[number] += float(losses[part].sum(dtype=np.float64))
+            self.hits[number] += int(hits[part].sum())
+            self.seconds[number] += seconds * width / len(losses)
+            self.cache_bytes[number], self.rss_bytes[number] = cache_bytes, rss
+            self.done += width
+            begin += width
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Tokens of each stretch; the last one may be shorter."""
+        counts = np.full(len(self.losses), self.stretch)
+        if len(counts):
+            counts[-1] = self.done - self.stretch * (len(counts) - 1)
+        return counts
+
+    @property
+    def places(self) -> list[int]:
+        """Tokens read at the end of each stretch."""
+        return [int(place) for place in self.counts.cumsum()]
+
+    @property
+    def means(self) -> NDArray[np.float64]:
+        """Mean loss of each stretch in nats."""
+        means: NDArray[np.float64] = np.asarray(self.losses) / self.counts
+        return means
+
+    @property
+    def running(self) -> NDArray[np.float64]:
+        """Mean loss of all tokens up to the end of each stretch."""
+        running: NDArray[np.float64] = np.cumsum(self.losses) / self.counts.cumsum()
+        return running
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean loss over all tokens."""
+        return math.exp(sum(self.losses) / self.done)
+
+    def interval(self) -> list[float]:
+        """The perplexity and its confidence interval, over other stretches of such text."""
+        return [self.perplexity, *_bootstrap(self.means, self.counts)]
+
+    def ratio(self, other: Curve) -> list[float]:
+        """Perplexity as a share of ``other``'s on the same tokens, and its confidence interval.
+
+        Where one curve is shorter, the tokens that both have are compared.
+        """
+        if self.stretch != other.stretch:
+            raise ValueError("curves of different stretches have no tokens in common")
+        both = min(len(self.losses), len(other.losses))
+        if (self.done, other.done) != (self.done, self.done):  # the last stretch is only whole in the longer curve
+            both = min(self.done, other.done) // self.stretch
+        difference = self.means[:both] - other.means[:both]
+        weights = self.counts[:both]
+        return [math.exp(float(np.average(difference, weights=weights))), *_bootstrap(difference, weights)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Curve:
+        """The curve that ``to_dict`` gave."""
+        curve = cls(0)
+        vars(curve).update({name: list(v) if isinstance(v, Sequence) else v for name, v in found.items()})
+        return curve
+
+
+def _bootstrap(means: NDArray[Any], weights: NDArray[Any]) -> list[float]:
+    """Interval of the exponential of the weighted mean, by drawing stretches."""
+    draws = np.random.default_rng(0).integers(0, len(means), (DRAWS, len(means)))
+    totals = (means * weights)[draws].sum(1) / weights[draws].sum(1)
+    tail = (1 - LEVEL) / 2
+    return [float(np.exp(value)) for value in np.quantile(totals, (tail, 1 - tail))]
+
+
+def share(hits: int, count: int) -> list[float]:
+    """A share of successes and its confidence interval (Wilson's, which stays honest at 0 and 1)."""
+    if not count:
+        return [math.nan, 0.0, 1.0]
+    z = 1.959963984540054
+    rate = hits / count
+    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
+    return [rate, max(0.0, centre - half), min(1.0, centre + half)]

@@ -1,0 +1,205 @@
+"""Where an evaluation works: the model, the text, how far it is, and what is kept when it is broken off.
+
+What was measured is put into a folder beside the results, part by part, and a long stream is saved now and then with
+its curve, so that the same command goes on where it was broken off, even by ``kill -9``. The folder is named after
+everything that decides the figures; a command that differs in any of it begins anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from streamllm.atomic import write_atomically
+from streamllm.cache import SinkCache
+from streamllm.config import PREFILL_CHUNK
+from streamllm.console import Screen, Signals
+from streamllm.errors import StateError
+from streamllm.evaluate.curve import Curve
+from streamllm.evaluate.memory import rss_bytes
+from streamllm.evaluate.scores import Ids, score_stream
+from streamllm.evaluate.text import Text, encode_text
+from streamllm.state import load_state, save_state
+
+SAVE_SECONDS = 30.0
+"""Between two checkpoints of a long stream."""
+
+
+class Interrupted(Exception):  # noqa: N818 -- nothing is wrong
+    """A signal came; what was measured so far is kept."""
+
+
+@dataclass
+class Desk:
+    """See the module.
+
+    Args:
+        model, tokenizer: that are evaluated.
+        files: of text.
+        out: folder of the results.
+        name: of the evaluation.
+        plan: whatever decides the figures, ready for JSON.
+        screen, signals: of the process.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    files: tuple[str, ...]
+    out: Path
+    name: str
+    plan: dict[str, Any]
+    screen: Screen
+    signals: Signals
+    began: float = field(default_factory=time.monotonic)
+    _parts: dict[str, Any] = field(default_factory=dict)
+    _report: Callable[[int, str], None] = lambda done, words: None
+    _done: int = 0
+    _folder: Path | None = None
+
+    # ---- text
+
+    def text(self, tokens: int | None, *, least: int = 2, every_document: bool = False) -> Text:
+        """The text of the evaluation; see ``encode_text``. What was measured on another one is not used again."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.screen.spin("encoding the text")
+        text = encode_text(
+            self.tokenizer, self.files, self.out, tokens=tokens, least=least, every_document=every_document
+        )
+        self.screen.settle()
+        self.plan["ids"] = hashlib.sha256(text.ids).hexdigest()  # type: ignore[arg-type]
+        return text
+
+    # ---- how far it is
+
+    @contextlib.contextmanager
+    def work(self, total: int) -> Iterator[None]:
+        """Show a bar of ``total`` steps, which ``advance`` counts."""
+        self._done = 0
+        with self.screen.bar(total) as self._report:
+            yield
+
+    def advance(self, count: int, words: str) -> None:
+        """Note that ``count`` steps are done.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        self._done += count
+        self._report(self._done, words)
+        if self.signals.received is not None:
+            raise Interrupted
+
+    # ---- what is kept
+
+    @property
+    def folder(self) -> Path:
+        """Where unfinished work lies; made when it is first asked for."""
+        if self._folder is None:
+            digest = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()[:12]
+            self._folder = self.out / f".{self.name}-{digest}"
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError, ValueError):
+                self._parts = json.loads((self._folder / "parts.json").read_text(encoding="utf-8"))
+        return self._folder
+
+    def part(self, name: str, measure: Callable[[], Any], *, steps: int = 0) -> Any:
+        """What ``measure()`` finds, ready for JSON; measured once, also when the evaluation is broken off after it.
+
+        ``steps``: that ``measure`` would have counted with ``advance``.
+        """
+        folder = self.folder
+        if name in self._parts:
+            self.advance(steps, name)
+            return self._parts[name]
+        found = measure()
+        self._parts[name] = found
+        write_atomically(folder / "parts.json", json.dumps(self._parts).encode())
+        return found
+
+    def finish(self) -> None:
+        """Throw away what was kept: the results are written."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ---- streams
+
+    def stream(
+        self,
+        name: str,
+        ids: Ids,
+        make_cache: Callable[[], Cache],
+        *,
+        step: int = PREFILL_CHUNK,
+        points: int | None = None,
+    ) -> Curve:
+        """The curve of one stream over ids [1, N], which counts N - 1 steps.
+
+        Args:
+            name: of the part.
+            ids: [1, N] of the stream.
+            make_cache: gives the cache to read with; a ``SinkCache`` is saved now and then.
+            step: tokens of a forward at most.
+            points: tokens that decide the length of the curve's stretches, if others than N; streams of different
+                length can then be compared.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        total = ids.shape[1] - 1
+        found = self.part(
+            name,
+            lambda: self._stream(name, ids, make_cache, step, points or total).to_dict(),
+            steps=total,
+        )
+        return Curve.from_dict(found)
+
+    def _stream(self, name: str, ids: Ids, make_cache: Callable[[], Cache], step: int, points: int) -> Curve:
+        file = self.folder / f"{name}.stream"
+        cache, curve = self._resume(file) or (make_cache(), Curve(points))
+        began = saved = time.monotonic()
+        self.advance(curve.done, name)
+        for scores in score_stream(self.model, ids, cache, begin=curve.done, step=step):
+            now = time.monotonic()
+            curve.add(
+                scores.losses[0].cpu().numpy(),
+                scores.hits[0].cpu().numpy(),
+                seconds=now - began,
+                cache_bytes=cache_bytes(cache),
+                rss=rss_bytes(),
+            )
+            stops = self.signals.received is not None
+            if isinstance(cache, SinkCache) and (stops or now - saved > SAVE_SECONDS):
+                save_state(file, cache, metadata=curve.to_dict())
+                saved = time.monotonic()
+            self.advance(scores.losses.shape[1], f"{name} · perplexity {curve.perplexity:.2f}")
+            began = time.monotonic()
+        file.unlink(missing_ok=True)
+        return curve
+
+    def _resume(self, file: Path) -> tuple[SinkCache, Curve] | None:
+        """The stream and the curve that were saved; a file that cannot be used is as good as none."""
+        if not file.exists():
+            return None
+        try:
+            saved = load_state(file, self.model, self.tokenizer)
+        except StateError:
+            return None
+        return saved.cache, Curve.from_dict(saved.metadata)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values of any cache."""
+    if isinstance(cache, SinkCache):
+        return cache.bytes
+    tensors = (t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)))
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -1,0 +1,165 @@
+"""One run of ``streamllm eval``: load, measure, write down, show, and leave in order.
+
+Knows the terminal and the files, but no flags (``cli_eval``) and no evaluation in particular. Ctrl-C is only noted:
+what was measured is kept, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from streamllm.console import Answer, Screen, Signals
+from streamllm.errors import ConfigError, StateError
+from streamllm.evaluate.evaluation import Evaluation
+
+OUT = Path("streamllm-results")
+"""Where records and figures go."""
+
+PATIENCE = "keeping what was measured; the same command will go on from there"
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """What one run shall do; see the flags of ``streamllm eval``.
+
+    Args:
+        evaluation: with its options.
+        explicit: names of what stands on the command line itself; a quick trial changes only the rest.
+        files: of text.
+    """
+
+    evaluation: Evaluation
+    explicit: frozenset[str]
+    model: str | None
+    device: str
+    dtype: str
+    files: tuple[str, ...]
+    out: Path
+    quick: bool
+    json: bool
+    quiet: bool
+
+    def run(self) -> int:
+        """Carry it out; return the exit status.
+
+        Raises:
+            StreamLLMError: something expected went wrong; what was measured is kept.
+        """
+        evaluation = self._evaluation()
+        with Signals() as signals, Screen(quiet=self.quiet) as screen:
+            answer = Answer()
+            # 1. what can be refused before the model is loaded
+            self._check(evaluation)
+
+            # 2. the model
+            from streamllm import models
+            from streamllm.checkpoint import shown
+
+            folder = models.locate(self.model)
+            name = shown(folder)
+            screen.spin(f"loading {name}")
+            model, tokenizer = models.load(folder, device=self.device, dtype=self.dtype)
+            screen.settle()
+
+            # 3. the measurement
+            from streamllm.evaluate.desk import Desk, Interrupted
+            from streamllm.evaluate.record import begin_record, show_command
+
+            dtype = str(model.dtype).removeprefix("torch.")
+            record = begin_record(evaluation.name, show_command(["streamllm"], sys.argv[1:]), base_name(name), dtype)
+            plan = {
+                "name": evaluation.name,
+                "options": evaluation.options(),
+                "model": [str(folder.resolve()), [[f.name, f.stat().st_mtime_ns] for f in sorted(folder.iterdir())]],
+                "dtype": dtype,
+                "device": str(model.device),
+                "version": record.machine["streamllm"],
+            }
+            target = self.out / f"{evaluation.name}-{slug(name)}"
+            desk = Desk(model, tokenizer, self.files, self.out, evaluation.name, json_able(plan), screen, signals)
+            signals.defer(None if self.quiet else PATIENCE)
+            try:
+                with self._alone(target):
+                    record.figures.update(json_able({"options": evaluation.options(), **evaluation.run(desk)}))
+                    self._write(record, evaluation, target)
+                    desk.finish()
+            except Interrupted:
+                return 128 + (signals.received or 0)
+            except OSError as error:
+                raise StateError(
+                    f"The results cannot be written to {self.out}: {error.strerror or error}. Make room, and give the "
+                    "same command again: what was measured is kept."
+                ) from error
+
+            # 4. what a person or a program sees
+            if self.json:
+                answer.write(json.dumps(record.to_dict(), indent=2) + "\n")
+            else:
+                answer.table(evaluation.rows(record.figures))
+                answer.write("\n" + evaluation.verdict(record.figures) + "\n")
+            screen.note(f"written to {target}.json, .png and .svg")
+        if answer.error:
+            raise answer.error
+        return 0
+
+    def _check(self, evaluation: Evaluation) -> None:
+        """Refuse what can be refused at once."""
+        from streamllm.evaluate.figure import make_figure
+
+        make_figure("")
+        evaluation.check_files(self.files)
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"{self.out} is no folder; name another one with --out.")
+
+    @contextlib.contextmanager
+    def _alone(self, target: Path) -> Iterator[None]:
+        """Keep other processes from writing the same results."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        file = target.with_name(f".{target.name}.lock")
+        try:
+            with FileLock(file, blocking=False):
+                yield
+                file.unlink(missing_ok=True)
+        except Timeout as error:
+            raise StateError(
+                f"Another process is writing {target}.json; wait for it, or name another folder with --out."
+            ) from error
+
+    def _evaluation(self) -> Evaluation:
+        """The evaluation, in the small if that is wanted."""
+        if not self.quick:
+            return self.evaluation
+        small = {name: value for name, value in self.evaluation.quick.items() if name not in self.explicit}
+        return dataclasses.replace(self.evaluation, **small)  # type: ignore[type-var]
+
+    def _write(self, record: Any, evaluation: Evaluation, target: Path) -> None:
+        from streamllm.evaluate.figure import save_figure
+
+        save_figure(evaluation.draw(record.figures), target)
+        record.save(target.with_name(f"{target.name}.json"))
+
+
+def json_able(value: Any) -> Any:
+    """``value`` as it comes back from JSON, so that figures are the same whether measured now or before."""
+    return json.loads(json.dumps(value))
+
+
+def base_name(model: str) -> str:
+    """A model's name without the folders of this machine; a Hub id stays whole."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
+
+
+def slug(model: str) -> str:
+    """A model's name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", base_name(model)).strip("-.") or "model"

@@ -1,0 +1,159 @@
+"""Does this model need sinks, and how many? Initial tokens kept, at a cache of the same size (paper, tables 1 and 2).
+
+The variant of table 1 is among them: the first four tokens replaced by line breaks, which shows whether it is what they
+say or where they stand that matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from streamllm.config import CacheConfig, check_count
+from streamllm.errors import ConfigError
+from streamllm.evaluate.evaluation import Evaluation, Figures, option, spell_interval
+from streamllm.evaluate.methods import cache_maker
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from streamllm.evaluate.desk import Desk
+
+TOLERANCE = 1.01
+"""Perplexity within so much of that with the most sinks counts as none lost."""
+
+BREAKS = "line breaks"
+REPLACED = 4
+
+
+@dataclass(frozen=True)
+class Sinks(Evaluation):
+    """See the module.
+
+    Args:
+        kept: numbers of initial tokens to keep, rising.
+        size: tokens cached, initial ones included; ``None``: as many as a stream keeps by default.
+        tokens: of the text at most.
+        block: tokens that leave together.
+        every_document: put the tokenizer's begin token in front of every document, not only of the first.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    kept: tuple[int, ...] = option((0, 1, 2, 4, 8), "Numbers of initial tokens.")
+    size: int | None = option(None, "Tokens cached, initial ones included.")
+    tokens: int | None = option(200_000, "Of the text at most.")
+    block: int = CacheConfig.block
+    every_document: bool = option(False, "Begin every document with the begin token, not only the first.")
+
+    name: ClassVar[str] = "sinks"
+    title: ClassVar[str] = "Initial tokens kept: does the model need sinks, and how many?"
+    quick: ClassVar[dict[str, Any]] = {"tokens": 3000, "size": 128}
+
+    def __post_init__(self) -> None:
+        CacheConfig(block=self.block)
+        if len(self.kept) < 2 or any(b <= a for a, b in zip((-1, *self.kept), self.kept, strict=False)):
+            raise ConfigError(f"Give at least two rising numbers of initial tokens, you gave {list(self.kept)}.")
+        if self.size is not None:
+            check_count("size", self.size, self.kept[-1] + 1)
+        if self.tokens is not None:
+            check_count("tokens", self.tokens, 2)
+
+    def run(self, desk: Desk) -> Figures:
+        """Read the text once for each number."""
+        from streamllm.cache import SinkCache
+        from streamllm.evaluate.curve import Curve
+
+        size = self.size
+        if size is None:
+            fitted = SinkCache(desk.model, block=self.block).config
+            size = fitted.sinks + (fitted.window or 0)
+        text = desk.text(self.tokens, least=size + self.block + 1, every_document=self.every_document)
+        total = text.ids.shape[1]
+        broken = text.ids.copy()
+        ids = desk.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        variants = [(str(kept), kept, text.ids) for kept in self.kept]
+        if ids and REPLACED in self.kept:
+            broken[:, :REPLACED] = ids[-1]
+            variants.append((BREAKS, REPLACED, broken))
+        curves: dict[str, Curve] = {}
+        with desk.work(len(variants) * (total - 1)):
+            for name, kept, read in variants:
+                curves[name] = desk.stream(
+                    f"{kept}+{size - kept} {name}",
+                    read,
+                    cache_maker("streaming", desk.model, kept, size - kept, self.block),
+                )
+        most = curves[str(self.kept[-1])]
+        return {
+            "tokens": total,
+            "files": text.files,
+            "size": size,
+            "perplexity": {name: curve.interval() for name, curve in curves.items()},
+            "ratio": {name: curve.ratio(most) for name, curve in curves.items() if curve is not most},
+            "most": self.kept[-1],
+            "curves": {name: curve.to_dict() for name, curve in curves.items()},
+        }
+
+    @staticmethod
+    def rows(figures: Figures) -> Sequence[tuple[str, ...]]:
+        """A line a number."""
+        rows: list[tuple[str, ...]] = [("cache", "perplexity", f"beside {figures['most']} kept, same tokens")]
+        for name, found in figures["perplexity"].items():
+            kept = REPLACED if name == BREAKS else int(name)
+            words = (
+                f"{kept} {BREAKS} + {figures['size'] - kept}"
+                if name == BREAKS
+                else f"{kept} + {figures['size'] - kept}"
+            )
+            ratio = figures["ratio"].get(name)
+            rows.append((words, spell_interval(found), spell_interval(ratio, 4) if ratio else ""))
+        return rows
+
+    @staticmethod
+    def verdict(figures: Figures) -> str:
+        """Whether the model needs sinks, and how many."""
+        ratios = figures["ratio"]
+        kept = [name for name in ratios if name != BREAKS]
+        enough = next((name for name in kept if ratios[name][0] <= TOLERANCE), str(figures["most"]))
+        least = kept[0]
+        words = f"{spell_interval(ratios[least])} times that with {figures['most']}"
+        if enough == least:
+            return f"This model does not need sinks: with {least} initial tokens kept its perplexity is {words}."
+        tokens = "first token" if enough == "1" else f"first {enough} tokens"
+        tail = ""
+        if BREAKS in ratios:
+            is_alike = ratios[BREAKS][0] <= TOLERANCE * ratios.get(str(REPLACED), [1.0])[0]
+            tail = " Line breaks in their place do as well." if is_alike else " Line breaks in their place do not do."
+        return f"This model needs its {tokens}: with {least} kept its perplexity is {words}.{tail}"
+
+    @staticmethod
+    def draw(figures: Figures) -> Figure:
+        """Perplexity by number, and along the stream."""
+        from streamllm.evaluate.curve import Curve
+        from streamllm.evaluate.figure import make_figure
+
+        figure, (table, along) = make_figure(f"{figures['size']} tokens cached", 2)
+        names = list(figures["perplexity"])
+        values = [figures["perplexity"][name] for name in names]
+        below = [value[0] - value[1] for value in values]
+        above = [value[2] - value[0] for value in values]
+        places = range(len(names))
+        table.bar(
+            places, [value[0] for value in values], color=["#0b6e4f" if n != BREAKS else "#e08e0b" for n in names]
+        )
+        table.errorbar(places, [value[0] for value in values], yerr=(below, above), fmt="none", ecolor="0.2", capsize=3)
+        table.set_xticks(list(places), [n if n != BREAKS else f"{REPLACED} line\nbreaks" for n in names])
+        table.set(title="perplexity (interval over texts)", xlabel="initial tokens kept")
+        most = Curve.from_dict(figures["curves"][str(figures["most"])])
+        for number, name in enumerate(names):
+            curve = Curve.from_dict(figures["curves"][name])
+            if curve is not most and name != str(figures["most"]):
+                change = curve.running - most.running
+                along.plot([p / 1000 for p in curve.places], change, label=name, color=f"C{number}", lw=1.2)
+        along.axhline(0, color="0.7", lw=0.8)
+        along.set(title=f"beside {figures['most']} kept, running", xlabel="thousand tokens", ylabel="nats a token more")
+        along.legend(fontsize="small", title="kept")
+        return figure

@@ -1,0 +1,59 @@
+"""The flags that commands share, each with its environment variable, and where a value comes from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from streamllm.errors import ConfigError
+from streamllm.settings import SETTINGS
+
+_SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
+
+
+def setting(name: str) -> Any:
+    """The flag of a setting, with its environment variable and help."""
+    known = SETTINGS[name]
+    flags = [known.flag] if known.short is None else [known.short, known.flag]
+    metavar = "TEXT" if known.kind is list else None
+    return typer.Option(*flags, envvar=known.env, help=known.help, metavar=metavar)
+
+
+def one_off(*flags: str, help: str) -> Any:
+    """A flag that is no setting, with its environment variable."""
+    return typer.Option(*flags, envvar=f"STREAMLLM_{flags[-1][2:].upper().replace('-', '_')}", help=help)
+
+
+Model = Annotated[str | None, setting("model")]
+Device = Annotated[str, setting("device")]
+Dtype = Annotated[str, setting("dtype")]
+Sinks = Annotated[int, setting("sinks")]
+Window = Annotated[int | None, setting("window")]
+Block = Annotated[int, setting("block")]
+Temperature = Annotated[float, setting("temperature")]
+TopK = Annotated[int, setting("top_k")]
+TopP = Annotated[float, setting("top_p")]
+MinP = Annotated[float, setting("min_p")]
+RepetitionPenalty = Annotated[float, setting("repetition_penalty")]
+Seed = Annotated[int | None, setting("seed")]
+MaxTokens = Annotated[int | None, setting("max_tokens")]
+Stop = Annotated[list[str] | None, setting("stop")]
+Endless = Annotated[bool, setting("endless")]
+ShowStats = Annotated[bool, setting("stats")]
+Json = Annotated[bool, setting("json")]
+Quiet = Annotated[bool, setting("quiet")]
+Verbose = Annotated[bool, setting("verbose")]
+Debug = Annotated[bool, one_off("--debug", help="Show the traceback of an error.")]
+
+
+def begin(ctx: typer.Context) -> None:
+    """Raise what is wrong with the settings file."""
+    if isinstance(ctx.obj, ConfigError):
+        raise ctx.obj
+
+
+def source(ctx: typer.Context, name: str) -> str:
+    """Return where a setting comes from: flag, environment, file or default."""
+    found = ctx.get_parameter_source(name)
+    return _SOURCES[found.name] if found is not None else "default"
