@@ -74,7 +74,7 @@ def save_state(
             save_file(contiguous, temporary, metadata={"streamllm": json.dumps(header)})
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise StateError(f"Cannot save the stream to {path}: {reason}. Choose another place with --save.") from error
+        raise StateError(f"Cannot save the stream to {path}: {reason}. Make room, or choose another place.") from error
 
 
 def load_state(

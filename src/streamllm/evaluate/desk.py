@@ -141,6 +141,7 @@ class Desk:
         *,
         step: int = PREFILL_CHUNK,
         points: int | None = None,
+        skip: int = 0,
     ) -> Curve:
         """The curve of one stream over ids [1, N], which counts N - 1 steps.
 
@@ -151,6 +152,7 @@ class Desk:
             step: tokens of a forward at most.
             points: tokens that decide the length of the curve's stretches, if others than N; streams of different
                 length can then be compared.
+            skip: first losses that do not count.
 
         Raises:
             Interrupted: a signal came.
@@ -158,43 +160,49 @@ class Desk:
         total = ids.shape[1] - 1
         found = self.part(
             name,
-            lambda: self._stream(name, ids, make_cache, step, points or total).to_dict(),
+            lambda: self._stream(name, ids, make_cache, step, points or total, skip).to_dict(),
             steps=total,
         )
         return Curve.from_dict(found)
 
-    def _stream(self, name: str, ids: Ids, make_cache: Callable[[], Cache], step: int, points: int) -> Curve:
+    def _stream(self, name: str, ids: Ids, make_cache: Callable[[], Cache], step: int, points: int, skip: int) -> Curve:
         file = self.folder / f"{name}.stream"
-        cache, curve = self._resume(file) or (make_cache(), Curve(points))
+        cache, curve, read = self._resume(file) or (make_cache(), Curve(points), 0)
         began = saved = time.monotonic()
-        self.advance(curve.done, name)
-        for scores in score_stream(self.model, ids, cache, begin=curve.done, step=step):
-            now = time.monotonic()
-            curve.add(
-                scores.losses[0].cpu().numpy(),
-                scores.hits[0].cpu().numpy(),
-                seconds=now - began,
-                cache_bytes=cache_bytes(cache),
-                rss=rss_bytes(),
-            )
-            stops = self.signals.received is not None
-            if isinstance(cache, SinkCache) and (stops or now - saved > SAVE_SECONDS):
-                save_state(file, cache, metadata=curve.to_dict())
+        self.advance(read, name)
+        for scores in score_stream(self.model, ids, cache, begin=read, step=step):
+            losses, hits = scores.losses[0].cpu().numpy(), scores.hits[0].cpu().numpy()
+            first = max(0, skip - read)
+            taken = (time.monotonic() - began) * (len(losses) - first) / len(losses)
+            if first < len(losses):
+                curve.add(losses[first:], hits[first:], seconds=taken, cache_bytes=cache_bytes(cache), rss=rss_bytes())
+            read += len(losses)
+            if isinstance(cache, SinkCache) and time.monotonic() - saved > SAVE_SECONDS:
+                _save(file, cache, curve, read)
                 saved = time.monotonic()
-            self.advance(scores.losses.shape[1], f"{name} · perplexity {curve.perplexity:.2f}")
+            try:
+                self.advance(len(losses), f"{name} · perplexity {curve.perplexity:.2f}" if curve.done else name)
+            except Interrupted:
+                if isinstance(cache, SinkCache):
+                    _save(file, cache, curve, read)
+                raise
             began = time.monotonic()
         file.unlink(missing_ok=True)
         return curve
 
-    def _resume(self, file: Path) -> tuple[SinkCache, Curve] | None:
-        """The stream and the curve that were saved; a file that cannot be used is as good as none."""
+    def _resume(self, file: Path) -> tuple[Cache, Curve, int] | None:
+        """The stream, its curve and its length that were saved; a file that cannot be used is as good as none."""
         if not file.exists():
             return None
         try:
             saved = load_state(file, self.model, self.tokenizer)
         except StateError:
             return None
-        return saved.cache, Curve.from_dict(saved.metadata)
+        return saved.cache, Curve.from_dict(saved.metadata["curve"]), saved.metadata["read"]
+
+
+def _save(file: Path, cache: SinkCache, curve: Curve, read: int) -> None:
+    save_state(file, cache, metadata={"curve": curve.to_dict(), "read": read})
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -128,8 +128,10 @@ class EvalJob:
         file = target.with_name(f".{target.name}.lock")
         try:
             with FileLock(file, blocking=False):
-                yield
-                file.unlink(missing_ok=True)
+                try:
+                    yield
+                finally:
+                    file.unlink(missing_ok=True)
         except Timeout as error:
             raise StateError(
                 f"Another process is writing {target}.json; wait for it, or name another folder with --out."

@@ -141,9 +141,11 @@ class Perplexity(Evaluation):
         found = part["methods"].get("streaming")
         if not found:
             return f"{part['tokens']:,} tokens read; streaming was not among the methods."
-        means = [loss / n for loss, n in zip(found["curve"]["losses"], _counts(found["curve"]), strict=True)]
+        from streamllm.evaluate.curve import Curve
+
+        means = Curve.from_dict(found["curve"]).means
         tenth = max(1, len(means) // 10)
-        first, last = (math.exp(sum(some) / tenth) for some in (means[:tenth], means[-tenth:]))
+        first, last = (math.exp(some.mean()) for some in (means[:tenth], means[-tenth:]))
         rest = []
         for name in ("dense", "window"):
             other = figures["head"]["methods"].get(name)
@@ -159,6 +161,7 @@ class Perplexity(Evaluation):
     @staticmethod
     def draw(figures: Figures) -> Figure:
         """Log perplexity and memory against tokens: the field's picture."""
+        from streamllm.evaluate.curve import Curve
         from streamllm.evaluate.figure import COLORS, make_figure
 
         sizes, both = figures["cache"], figures["stream"] is not None
@@ -166,23 +169,27 @@ class Perplexity(Evaluation):
         figure, axes = make_figure(title, 3, rows=2 if both else 1)
         for row, part in enumerate(("head", "stream") if both else ("head",)):
             losses, memory, times = axes[3 * row : 3 * row + 3]
+            size = figures[part]["tokens"]
+            scale, unit = (1e6, "million tokens") if size >= 1e6 else (1000, "thousand tokens")
             for name, found in figures[part]["methods"].items():
-                curve = _curve(found)
-                color, places, scale = COLORS[name], curve.places, 1000 if part == "head" else 1e6
-                at = [place / scale for place in places]
-                losses.plot(at, curve.means, color=color, label=name, lw=1.4)
-                grown = curve.cache_bytes if part == "head" else curve.rss_bytes
-                memory.plot(at, [n / 1e6 for n in grown], color=color, label=name, lw=1.4)
-                pace = [1000 * s / n for s, n in zip(curve.seconds, curve.counts, strict=True)]
-                times.plot(at, pace, color=color, label=name, lw=1.4)
-            unit = "thousand tokens" if part == "head" else "million tokens"
+                curve, style = Curve.from_dict(found["curve"]), {"color": COLORS[name], "label": name, "lw": 1.5}
+                at = [place / scale for place in curve.places]
+                if part == "head":
+                    losses.plot(at, curve.means, **style)
+                    memory.plot(at, [n / 1e6 for n in curve.cache_bytes], **style)
+                else:
+                    losses.plot(at, curve.means, color=COLORS[name], lw=0.7, alpha=0.4)
+                    losses.plot(at, curve.running, **style)
+                    memory.plot(at, [n / 1e6 for n in curve.rss_bytes], **style)
+                times.plot(at, [1000 * s / n for s, n in zip(curve.seconds, curve.counts, strict=True)], **style)
             trained = figures["trained_length"]
-            if part == "head" and trained and trained < figures["head"]["tokens"]:
-                losses.axvline(trained / 1000, color="0.6", lw=0.8, ls=":")
-                losses.text(trained / 1000, losses.get_ylim()[1], " trained length", va="top", fontsize="x-small")
-            losses.set(title="log perplexity", xlabel=unit, ylabel="nats a token")
+            if part == "head" and trained and trained < size:
+                losses.axvline(trained / scale, color="0.6", lw=0.8, ls=":")
+                losses.text(trained / scale, losses.get_ylim()[1], " trained length", va="top", fontsize="x-small")
+            means = "" if part == "head" else " (thin: by stretch, thick: so far)"
+            losses.set(title=f"log perplexity{means}", xlabel=unit, ylabel="nats a token")
             kind = "keys and values" if part == "head" else "memory of the process"
-            memory.set(title=kind, xlabel=unit, ylabel="MB", ylim=(0, None))
+            memory.set(title=kind, xlabel=unit, ylabel="MB", ylim=(0, 1.1 * memory.get_ylim()[1]))
             times.set(title="time", xlabel=unit, ylabel="ms a token", yscale="log")
             losses.legend(fontsize="small")
         return figure
@@ -203,15 +210,3 @@ def _compare(curves: dict[str, Any]) -> dict[str, Any]:
             "curve": curve.to_dict(),
         }
     return found
-
-
-def _curve(found: dict[str, Any]) -> Any:
-    from streamllm.evaluate.curve import Curve
-
-    return Curve.from_dict(found["curve"])
-
-
-def _counts(curve: dict[str, Any]) -> list[int]:
-    whole = [curve["stretch"]] * len(curve["losses"])
-    whole[-1] = curve["done"] - curve["stretch"] * (len(whole) - 1)
-    return whole

@@ -1,7 +1,7 @@
 """Does this model need sinks, and how many? Initial tokens kept, at a cache of the same size (paper, tables 1 and 2).
 
 The variant of table 1 is among them: the first four tokens replaced by line breaks, which shows whether it is what they
-say or where they stand that matters.
+say or where they stand that matters. Tokens count from where the cache is full: before, nothing has left.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class Sinks(Evaluation):
     def run(self, desk: Desk) -> Figures:
         """Read the text once for each number."""
         from streamllm.cache import SinkCache
-        from streamllm.evaluate.curve import Curve
+        from streamllm.evaluate.curve import SHORTEST, Curve
 
         size = self.size
         if size is None:
             fitted = SinkCache(desk.model, block=self.block).config
             size = fitted.sinks + (fitted.window or 0)
-        text = desk.text(self.tokens, least=size + self.block + 1, every_document=self.every_document)
+        text = desk.text(self.tokens, least=size + self.block + 1 + 2 * SHORTEST, every_document=self.every_document)
         total = text.ids.shape[1]
         broken = text.ids.copy()
         ids = desk.tokenizer("\n", add_special_tokens=False)["input_ids"]
@@ -85,6 +85,7 @@ class Sinks(Evaluation):
                     f"{kept}+{size - kept} {name}",
                     read,
                     cache_maker("streaming", desk.model, kept, size - kept, self.block),
+                    skip=size + self.block,
                 )
         most = curves[str(self.kept[-1])]
         return {
@@ -133,20 +134,26 @@ class Sinks(Evaluation):
     def draw(figures: Figures) -> Figure:
         """Perplexity by number, and along the stream."""
         from streamllm.evaluate.curve import Curve
-        from streamllm.evaluate.figure import make_figure
+        from streamllm.evaluate.figure import COLORS, make_figure
 
-        figure, (table, along) = make_figure(f"{figures['size']} tokens cached", 2)
+        figure, (beside, along) = make_figure(f"{figures['size']} tokens cached, some of them initial ones", 2)
         names = list(figures["perplexity"])
-        values = [figures["perplexity"][name] for name in names]
-        below = [value[0] - value[1] for value in values]
-        above = [value[2] - value[0] for value in values]
-        places = range(len(names))
-        table.bar(
-            places, [value[0] for value in values], color=["#0b6e4f" if n != BREAKS else "#e08e0b" for n in names]
-        )
-        table.errorbar(places, [value[0] for value in values], yerr=(below, above), fmt="none", ecolor="0.2", capsize=3)
-        table.set_xticks(list(places), [n if n != BREAKS else f"{REPLACED} line\nbreaks" for n in names])
-        table.set(title="perplexity (interval over texts)", xlabel="initial tokens kept")
+        labels = [name if name != BREAKS else f"{REPLACED} line\nbreaks" for name in names]
+        for place, name in enumerate(names):
+            value, low, high = figures["ratio"].get(name, [1.0, 1.0, 1.0])
+            color = COLORS["recompute" if name == BREAKS else "streaming"]
+            beside.errorbar(place, value, [[value - low], [high - value]], fmt="o", color=color, capsize=4)
+            words = f"{figures['perplexity'][name][0]:.4g}"
+            beside.annotate(
+                words, (place, high), xytext=(0, 6), textcoords="offset points", ha="center", fontsize="small"
+            )
+        beside.axhline(1, color="0.7", lw=0.8, zorder=0)
+        beside.margins(y=0.2)
+        if max(figures["ratio"][name][2] for name in figures["ratio"]) > 2:
+            beside.set_yscale("log")
+        beside.set_xticks(range(len(names)), labels)
+        title = f"perplexity, and as a share of that with {figures['most']} kept"
+        beside.set(title=title, xlabel="initial tokens kept", ylabel="ratio, same tokens")
         most = Curve.from_dict(figures["curves"][str(figures["most"])])
         for number, name in enumerate(names):
             curve = Curve.from_dict(figures["curves"][name])
