@@ -14,7 +14,7 @@ RUNS ?= runs
 EMBEDDED := --size small --layers 7 --heads 2 --kv-heads 1 --vocabulary 8192 --batch-tokens 8192 --tokens 20000000 \
 	--measures 12 --save-dtype bfloat16
 
-.PHONY: demo test check slow bench docs candidates embedded twins million clean
+.PHONY: demo test check slow bench docs candidates embedded twins million results clean
 
 demo: $(READY)  ## set up, and let the embedded model tell stories beyond its trained length
 	$(BIN)/streamllm run --endless --max-tokens 1500 --seed 7 --stats "Once upon a time"
@@ -55,6 +55,9 @@ embedded: $(RUNS)/plain.jsonl.xz  ## train the embedded model anew, or go on wit
 twins: $(READY)  ## the paper's table 3 at small scale, and when sinks appear; writes docs/results/
 	mkdir -p $(RUNS)/twins
 	$(BIN)/python recipes/twins.py --data $(wildcard $(DATA)/books/train-*.jsonl.xz) --heldout $(BOOKS_HELD_OUT) --work $(RUNS)/twins
+
+results: $(READY)  ## write the page of all results anew
+	$(BIN)/python recipes/results.py
 
 million: $(READY)  ## a million tokens through the embedded model; writes docs/results/
 	$(BIN)/python recipes/million.py --text $(STORIES_HELD_OUT) $(BOOKS_HELD_OUT)

@@ -3,7 +3,8 @@
     python recipes/plain_books.py --stories STORIES... --books BOOKS... --chars 60e6 --out plain.jsonl.xz
 
 Plainness is the share of a book's words that are among the 5,000 most frequent of the simple stories. What is written
-is one JSON object a line, like the input, the plainest book first.
+is one JSON object a line, like the input, the plainest book first. With ``--after 60e6`` the books are picked from
+where ``--chars 60e6`` has ended, so that none is in both.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stories", type=Path, nargs="+", required=True, help="simple stories (.txt)")
     parser.add_argument("--books", type=Path, nargs="+", required=True, help="books (.jsonl.xz)")
     parser.add_argument("--chars", type=float, required=True, help="characters to pick, at least")
+    parser.add_argument("--after", type=float, default=0, help="characters of plainer books to pass over (default: 0)")
     parser.add_argument("--out", type=Path, required=True, help="where they go (.jsonl.xz)")
     options = parser.parse_args(argv)
     counts = collections.Counter(
@@ -60,9 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     order = {number: place for place, (_, number) in enumerate(ranked)}
     sizes = {number: len(book["text"]) for number, book in enumerate(books(options.books))}
-    chosen, total = set(), 0
+    chosen, passed, total = set(), 0, 0
     for _, number in ranked:
-        if total < options.chars:
+        if passed < options.after:
+            passed += sizes[number]
+        elif total < options.chars:
             chosen.add(number)
             total += sizes[number]
     picked = sorted(
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with replacing(options.out) as temporary, lzma.open(temporary, "wt", encoding="utf-8", preset=1) as out:
         for place, book in picked:
             out.write(json.dumps(book, ensure_ascii=False) + "\n")
-            if place < 10 or place == len(picked) - 1:
+            if place in (*(place for place, _ in picked[:10]), picked[-1][0]):
                 sys.stderr.write(f"{ranked[place][0]:.3f}  {book.get('title')}\n")
     sys.stderr.write(f"{len(picked)} of {len(sizes)} books, {total / 1e6:.1f} M characters\n")
 

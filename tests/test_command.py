@@ -234,7 +234,7 @@ def test_every_flag_names_its_environment_variable() -> None:
 # ---- as a process of its own
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "-h"], ["doctor", "-h"], ["config", "-h"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "-h"], ["eval", "-h"], ["eval", "sinks", "-h"], ["config", "-h"]])
 def test_help_and_version_do_not_load_torch(arguments: list[str]) -> None:
     """Reference: ``sys.modules`` after the command has run."""
     script = (

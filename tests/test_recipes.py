@@ -44,6 +44,22 @@ def test_the_plainest_books_come_first_until_they_are_enough(script: Any, tmp_pa
     picking.main(["--stories", str(text), "--books", str(books), "--chars", "1500", "--out", str(out)])
     with lzma.open(out, "rt") as file:
         assert [json.loads(line)["title"] for line in file] == ["plain", "mixed"]
+    picking.main(
+        [
+            "--stories",
+            str(text),
+            "--books",
+            str(books),
+            "--chars",
+            "1",
+            "--after",
+            "1500",
+            "--out",
+            str(tmp_path / "r.xz"),
+        ]
+    )
+    with lzma.open(tmp_path / "r.xz", "rt") as file:
+        assert [json.loads(line)["title"] for line in file] == ["hard"]
     known = frozenset(["lily", "saw", "a", "big", "dog"])
     assert picking.plainness(plain, known) == 1
     assert picking.plainness(mixed, known) == pytest.approx(0.5)

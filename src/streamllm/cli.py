@@ -21,6 +21,7 @@ from streamllm.console import Answer, Screen
 from streamllm.corpus import Source
 from streamllm.errors import ConfigError, InputError
 from streamllm.evaluate.catalogue import EVALUATIONS
+from streamllm.evaluate.job import OUT, verdict_of
 from streamllm.flags import (
     Block,
     Debug,
@@ -240,6 +241,7 @@ def doctor(
     sinks: Sinks = CacheConfig.sinks,
     window: Window = CacheConfig.window,
     block: Block = CacheConfig.block,
+    results: Annotated[Path, one_off("--results", help="Folder of streamllm eval, to show what is known.")] = OUT,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -254,10 +256,12 @@ def doctor(
 
         report = examine(model, config=config, device=device, dtype=dtype)
         screen.settle()
+        measured = verdict_of(EVALUATIONS["sinks"], results, report.model)
         if json:
-            answer.write(jsonlib.dumps(report.to_dict(), indent=2) + "\n")
+            answer.write(jsonlib.dumps({**report.to_dict(), "sinks_measured": measured}, indent=2) + "\n")
         else:
-            answer.table(report.rows())
+            unknown = "not yet: streamllm eval sinks finds out whether it needs sinks"
+            answer.table([*report.rows(), ("sinks", measured or unknown)])
     raise typer.Exit(0 if report.is_fit else 1)
 
 

@@ -19,8 +19,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from streamllm.console import Answer, Screen, Signals
-from streamllm.errors import ConfigError, StateError
+from streamllm.errors import ConfigError, InputError, StateError
 from streamllm.evaluate.evaluation import Evaluation
+from streamllm.evaluate.record import begin_record, load_record, show_command
 
 OUT = Path("streamllm-results")
 """Where records and figures go."""
@@ -73,7 +74,6 @@ class EvalJob:
 
             # 3. the measurement
             from streamllm.evaluate.desk import Desk, Interrupted
-            from streamllm.evaluate.record import begin_record, show_command
 
             dtype = str(model.dtype).removeprefix("torch.")
             record = begin_record(evaluation.name, show_command(["streamllm"], sys.argv[1:]), base_name(name), dtype)
@@ -85,7 +85,7 @@ class EvalJob:
                 "device": str(model.device),
                 "version": record.machine["streamllm"],
             }
-            target = self.out / f"{evaluation.name}-{slug(name)}"
+            target = target_of(self.out, evaluation.name, name)
             desk = Desk(model, tokenizer, self.files, self.out, evaluation.name, json_able(plan), screen, signals)
             signals.defer(None if self.quiet else PATIENCE)
             try:
@@ -162,6 +162,17 @@ def base_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def slug(model: str) -> str:
-    """A model's name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", base_name(model)).strip("-.") or "model"
+def target_of(out: Path, evaluation: str, model: str) -> Path:
+    """Where record and figures of an evaluation of a model go, without their endings."""
+    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", base_name(model)).strip("-.") or "model"
+    return out / f"{evaluation}-{slug}"
+
+
+def verdict_of(kind: type[Evaluation], out: Path, model: str) -> str | None:
+    """What an evaluation found about a model before; ``None`` where there is no record that can be read."""
+    target = target_of(out, kind.name, model)
+    try:
+        record = load_record(target.with_name(f"{target.name}.json"))
+        return kind.verdict(record.figures) if record.model == base_name(model) else None
+    except (InputError, KeyError, TypeError):
+        return None

@@ -1,0 +1,75 @@
+"""The page of all results: each record's verdict, table, figure and command, below what is written by hand.
+
+    python recipes/results.py
+
+Rewrites docs/results/README.md from the line ``MARK`` on, from the records in docs/results/ and docs/results/eval/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from streamllm.atomic import write_atomically
+from streamllm.evaluate.catalogue import EVALUATIONS
+from streamllm.evaluate.record import Record, load_record
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from place import RESULTS
+
+MARK = "<!-- From here on this page is made by recipes/results.py. -->"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records and the page")
+    options = parser.parse_args(argv)
+    page = options.results / "README.md"
+    by_hand = page.read_text(encoding="utf-8").partition(MARK)[0]
+    write_atomically(page, (by_hand + MARK + "\n" + "\n".join(sections(options.results)) + "\n").encode())
+
+
+def sections(folder: Path) -> Iterator[str]:
+    """The lines of the page below the mark."""
+    records = [(path, load_record(path)) for path in sorted((folder / "eval").glob("*.json"))]
+    for name, kind in EVALUATIONS.items():
+        for path, record in records:
+            if record.name == name:
+                yield from ("", f"## {kind.title.rstrip('.')}: {record.model}", "", kind.verdict(record.figures), "")
+                yield from as_markdown(kind.rows(record.figures))
+                yield from ("", f"![{kind.title}](eval/{path.stem}.png)", "")
+                yield from described(record, path.relative_to(folder))
+    yield from ("", "## Benchmarks and recipes", "")
+    rows = [("record", "model", "command")]
+    for path in sorted(folder.glob("*.json")):
+        record = load_record(path)
+        rows.append((f"[{path.name}]({path.name})", record.model, f"`{record.command}`"))
+    yield from as_markdown(rows)
+
+
+def described(record: Record, path: Path) -> Iterator[str]:
+    """How to repeat it, and what it was measured on."""
+    machine = record.machine
+    yield from ("```console", f"$ {record.command}", "```", "")
+    yield (
+        f"[{path.name}]({path.as_posix()}): {record.began[:10]}, {record.dtype}, {machine['cpu']}, "
+        f"{machine['cores']} cores, "
+        f"{machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}, commit "
+        f"{record.commit}."
+    )
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table whose first row is the head."""
+    head, *rest = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in rest:
+        yield f"| {' | '.join(row)} |"
+
+
+if __name__ == "__main__":
+    main()
