@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from streamllm.console import Answer
 from streamllm.errors import ConfigError
 from streamllm.evaluate.catalogue import EVALUATIONS
 from streamllm.evaluate.evaluation import Evaluation
@@ -104,6 +105,22 @@ def _split(name: str, text: str, kind: type) -> tuple[Any, ...]:
         return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise ConfigError(f"--{name.replace('_', '-')} takes whole numbers with commas, you gave {text!r}.") from error
+
+
+@app.command()
+def report(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of records.")] = OUT,
+    out: Annotated[Path | None, one_off("--out", help="The page; FOLDER/report.html if left out.")] = None,
+    debug: Debug = False,
+) -> None:
+    """One page of all records in a folder, to read or to send."""
+    begin(ctx)
+    from streamllm.evaluate.report import write_report
+
+    page = folder / "report.html" if out is None else out
+    count = write_report(folder, page)
+    Answer().write(f"{page}: {count} record{'s' if count != 1 else ''}\n")
 
 
 for _kind in EVALUATIONS.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streamllm.evaluate.cache_size import CacheSize
+from streamllm.evaluate.drift import Drift
 from streamllm.evaluate.evaluation import Evaluation
 from streamllm.evaluate.perplexity import Perplexity
 from streamllm.evaluate.sinks import Sinks
@@ -13,5 +14,6 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Perplexity,
         Sinks,
         CacheSize,
+        Drift,
     )
 }
