@@ -118,7 +118,7 @@ def _fetch(name: str) -> Path:
             "as Qwen/Qwen3-0.6B."
         ) from error
     try:
-        with _quiet_downloads():
+        with quiet_downloads():
             return Path(snapshot_download(name, allow_patterns=[*HUB_FILES], ignore_patterns=[*HUB_FILES_UNUSED]))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         # Not in the cache of this machine either; the cause says what the Hub answered, if it did.
@@ -294,7 +294,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_downloads() -> Iterator[None]:
+def quiet_downloads() -> Iterator[None]:
     """Show the Hub's progress bars only to a person, and its warnings to nobody: failures come as errors."""
     import huggingface_hub.utils
 

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 ZERO_SINK = "zero_sink"
 """Its name among the attention implementations of transformers."""
+
+ZERO_SINK_EAGER = "zero_sink_eager"
+"""The same, written out: slower, and it gives the weights."""
 
 
 def zero_sink_attention(
@@ -41,10 +44,32 @@ def zero_sink_attention(
     return output[:, output.shape[1] - new :], None
 
 
+def zero_sink_eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """As ``zero_sink_attention``, without dropout; and the weights [B, H, T, N]: rows lack what fell on nothing."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling  # [B, H, T, N]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = pad(scores, (1, 0)).softmax(-1, dtype=torch.float32).to(query.dtype)[..., 1:]
+    return (weights @ value).transpose(1, 2), weights
+
+
 def register() -> None:
-    """Make ``attn_implementation="zero_sink"`` known to transformers; may be called again."""
+    """Make the zero sink known to transformers as an ``attn_implementation``; may be called again."""
     AttentionInterface.register(ZERO_SINK, zero_sink_attention)
     AttentionMaskInterface.register(ZERO_SINK, sdpa_mask)
+    AttentionInterface.register(ZERO_SINK_EAGER, zero_sink_eager_attention)
+    AttentionMaskInterface.register(ZERO_SINK_EAGER, eager_mask)
 
 
 def mark(config: PreTrainedConfig) -> None:

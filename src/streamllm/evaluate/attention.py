@@ -1,62 +1,208 @@
-"""How much attention falls on the first token of a sequence (paper, figures 2 and 7).
+"""Where a model's attention falls: maps over the first tokens, and the mass on them (paper, figures 2 and 7).
 
-The attention of every layer is watched through transformers' public attention interface, and computed as the model
-itself computes it. Shapes: ``B`` rows, ``H`` heads, ``T`` tokens, ``L`` layers.
+The weights are those that transformers gives out itself, with eager attention; so any model that has it can be watched.
+A softmax forgets what all logits of a row have in common, so logits come centred: the logarithms of the weights less
+their mean over the keys that the query sees, which is what the softmax saw (soft caps and biases included) less its
+mean. A weight that rounds to zero counts as not seen. What a row lacks to one fell on nothing: on a zero sink, or on a
+sink that the model has learned beside its keys.
+
+Shapes: ``B`` rows, ``H`` heads, ``T`` tokens, ``L`` layers, ``S`` first tokens, ``K`` heads that are kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from streamllm.zero_sink import ZERO_SINK
+from streamllm.checkpoint import first_line, size
+from streamllm.errors import ConfigError, UnsupportedModelError
+from streamllm.models import free_bytes, quiet_libraries
+from streamllm.zero_sink import ZERO_SINK, ZERO_SINK_EAGER
 
-_WATCHING = "streamllm_watching"
+FIRST = (1, 2, 4)
+"""Numbers of first tokens whose mass is taken."""
+
+ROUNDING = 8
+"""Times the precision of the weights: rows that miss one by less, in every head, miss it by rounding."""
+
+
+class LayerSums:
+    """Running sums of one layer's attention over sequences; their size does not depend on how many.
+
+    Args:
+        heads: of the layer.
+        skip: the first queries, which see too few tokens to choose from, are left out of the masses.
+        shown: first tokens of the maps, S.
+        kept: heads that have maps of their own, at most; spread evenly over all.
+
+    Attributes:
+        kept: the heads.
+        count: sequences so far.
+        mass: [H, 3] on the first ``FIRST`` tokens, sum over sequences of the mean over queries.
+        nothing: [H] what is missing to one, likewise.
+        attention: [1 + K, S, S] sums of weights; the first map is the mean over all heads.
+        logits, seen: [1 + K, S, S] sums of centred logits, and how many there were.
+    """
+
+    def __init__(self, heads: int, *, skip: int, shown: int, kept: int) -> None:
+        kept = min(kept, heads)
+        self.kept = [round(i * (heads - 1) / max(1, kept - 1)) for i in range(kept)]
+        self.skip, self.shown, self.count = skip, shown, 0
+        self.mass = torch.zeros(heads, len(FIRST), dtype=torch.float64)
+        self.nothing = torch.zeros(heads, dtype=torch.float64)
+        maps = (1 + len(self.kept), shown, shown)
+        self.attention, self.logits, self.seen = (torch.zeros(maps, dtype=torch.float64) for _ in range(3))
+
+    def add(self, weights: Tensor) -> None:
+        """Take in weights [B, H, T, T] of whole sequences."""
+        late = weights[:, :, self.skip :].float()  # [B, H, T - skip, T]
+        self.mass += _sum(torch.stack([late[..., :n].sum(-1).mean(2) for n in FIRST], dim=-1))
+        self.nothing += _sum((1 - late.sum(-1)).mean(2))
+        self.count += len(weights)
+        if not self.shown:
+            return
+        early = weights[:, :, : self.shown, : self.shown].float()  # [B, H, S, S]
+        seen = early > 0
+        logs = early.log().where(seen, 0)
+        mean = logs.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
+        self.attention += (
+            _sum(self._maps(early)) / torch.tensor([early.shape[1], *(1 for _ in self.kept)])[:, None, None]
+        )
+        self.logits += _sum(self._maps((logs - mean).where(seen, 0)))
+        self.seen += _sum(self._maps(seen.float()))
+
+    def _maps(self, found: Tensor) -> Tensor:
+        """[B, 1 + K, S, S]: the sum over all heads, and the heads that are kept."""
+        return torch.cat([found.sum(1, keepdim=True), found[:, self.kept]], dim=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sums, ready for JSON."""
+        return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+
+    def merge(self, found: dict[str, Any]) -> None:
+        """Add the sums that ``to_dict`` gave of other sequences."""
+        self.count += found["count"]
+        for name in ("mass", "nothing", "attention", "logits", "seen"):
+            sums = getattr(self, name)
+            sums += torch.tensor(found[name], dtype=torch.float64).view_as(sums)
+
+
+def _sum(found: Tensor) -> Tensor:
+    """The sum over the rows, in double precision and on the CPU, where there is such a thing."""
+    return found.sum(0).cpu().double()
+
+
+def check_memory(model: PreTrainedModel, tokens: int) -> None:
+    """Refuse a length whose weights, which all layers give out at once, would not fit.
+
+    Raises:
+        ConfigError: they would not.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    heads, free = getattr(config, "num_attention_heads", 0), free_bytes(model.device)
+    need = config.num_hidden_layers * heads * tokens**2 * max(model.dtype.itemsize, 4)
+    if free is not None and need > free:
+        raise ConfigError(
+            f"The attention weights of {tokens} tokens take {size(need)}, and {size(free)} of memory are free on "
+            f"{model.device}: give a smaller --length."
+        )
 
 
 @torch.no_grad()
+def sum_attention(
+    model: PreTrainedModel, rows: Iterable[Tensor], *, skip: int, shown: int = 0, kept: int = 0
+) -> list[LayerSums]:
+    """Sums of the attention over sequences, one entry for each layer that has attention.
+
+    Args:
+        model: a decoder with eager attention.
+        rows: [1, T] ids each, beginning as the model's texts do.
+        skip, shown, kept: see ``LayerSums``.
+
+    Raises:
+        UnsupportedModelError: the model gives out no weights.
+    """
+    sums: list[LayerSums] = []
+    with _giving_weights(model):
+        for row in rows:
+            weights = _weights(model, row)
+            sums = sums or [LayerSums(each.shape[1], skip=skip, shown=shown, kept=kept) for each in weights]
+            for layer, each in zip(sums, weights, strict=True):
+                layer.add(each)
+    return sums
+
+
 def sink_mass(model: PreTrainedModel, ids: Tensor, *, skip: int) -> tuple[Tensor, Tensor]:
     """Mean attention on the first token, and on nothing (a zero sink), of the queries from ``skip`` on: [L, H] each.
 
     Args:
-        model: a decoder whose attention goes through transformers' attention interface, without soft capping.
+        model: a decoder with eager attention, and as many heads in every layer.
         ids: [B, T] sequences as the model was trained on.
         skip: the first queries, which see too few tokens to choose from, are left out.
+
+    Raises:
+        UnsupportedModelError: the model gives out no weights.
     """
-    usual = model.config._attn_implementation
-    zero = usual == ZERO_SINK
-    first: list[Tensor] = []
-    nothing: list[Tensor] = []
+    sums = sum_attention(model, (ids[row : row + 1] for row in range(len(ids))), skip=skip)
+    first = torch.stack([layer.mass[:, FIRST.index(1)] / layer.count for layer in sums])
+    return first, torch.stack(mass_on_nothing(sums, model.dtype))
 
-    def watch(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, None]:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-        scores = query @ key.transpose(2, 3) * options["scaling"]  # [B, H, T, T]
-        if mask is not None:
-            scores = scores + mask
-        if zero:
-            scores = pad(scores, (0, 1))
-        weights = scores.float().softmax(-1)
-        first.append(weights[:, :, skip:, 0].mean((0, 2)))
-        nothing.append(weights[:, :, skip:, -1].mean((0, 2)) if zero else torch.zeros_like(first[-1]))
-        return (weights[..., : key.shape[2]].to(value.dtype) @ value).transpose(1, 2), None
 
-    AttentionInterface.register(_WATCHING, watch)
-    AttentionMaskInterface.register(_WATCHING, eager_mask)
-    model.set_attn_implementation(_WATCHING)
+def mass_on_nothing(sums: Sequence[LayerSums], dtype: torch.dtype) -> list[Tensor]:
+    """Mean attention on nothing, [H] for each layer; exactly 0 for a model that can only attend to tokens.
+
+    Args:
+        sums: of its layers.
+        dtype: of the model; softmaxes are float32 at best.
+    """
+    found = [layer.nothing / layer.count for layer in sums]
+    rounding = ROUNDING * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    if all(float(each.abs().max()) <= rounding for each in found):
+        return [torch.zeros_like(each) for each in found]
+    return found
+
+
+@contextmanager
+def _giving_weights(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model attend in the way that gives out weights; as before when the block ends."""
+    config: Any = model.config
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    usual = [(part, part._attn_implementation) for part in parts if getattr(part, "_attn_implementation", None)]
+    wanted = ZERO_SINK_EAGER if config._attn_implementation == ZERO_SINK else "eager"
+    with quiet_libraries():
+        try:
+            model.set_attn_implementation(wanted)
+            if config._attn_implementation != wanted:  # refused by models that choose for themselves, such as Falcon
+                config._attn_implementation = wanted
+            yield
+        finally:
+            for part, implementation in usual:
+                part._attn_implementation = implementation
+
+
+def _weights(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """The weights [1, H, T, T] of each layer that has attention, over ids [1, T]."""
+    total = ids.shape[1]
     try:
-        for row in range(len(ids)):
-            model(input_ids=ids[row : row + 1], use_cache=False)
-    finally:
-        model.set_attn_implementation(usual)
-    on_first, on_nothing = (
-        torch.stack(found).view(len(ids), -1, found[0].shape[0]).mean(0) for found in (first, nothing)
+        found = model(input_ids=ids.to(model.device), use_cache=False, output_attentions=True)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise _unfit(model, first_line(error)) from error
+    given = getattr(found, "attentions", None) or ()
+    weights = [each for each in given if each is not None and each.shape[-2:] == (total, total)]
+    if not weights:
+        raise _unfit(model, "transformers gives out none for it")
+    if any(bool(each.triu(1).any()) for each in weights):
+        raise _unfit(model, "those that transformers gives out fall on tokens still to come, so they are not its own")
+    return weights
+
+
+def _unfit(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The attention weights of this model ({model.config.model_type}) cannot be had: {why}; take a model with "
+        "eager attention."
     )
-    return on_first, on_nothing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from streamllm.evaluate.arc import Arc
+from streamllm.evaluate.attention_maps import AttentionMaps
 from streamllm.evaluate.cache_size import CacheSize
 from streamllm.evaluate.drift import Drift
 from streamllm.evaluate.evaluation import Evaluation
@@ -14,6 +16,8 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Perplexity,
         Sinks,
         CacheSize,
+        Arc,
+        AttentionMaps,
         Drift,
     )
 }

@@ -146,4 +146,4 @@ def share(hits: int, count: int) -> list[float]:
     rate = hits / count
     centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    return [rate, max(0.0, centre - half), min(1.0, centre + half)]
+    return [rate, max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))]  # but for rounding

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
+    from streamllm.spec import ModelSpec
+
+DENSE_CONTEXTS = 8
+"""Trained lengths that dense attention reads, where nobody says otherwise: far enough to see it fail."""
+
 METHODS = ("dense", "window", "recompute", "recompute-block", "streaming")
 
 
@@ -33,6 +38,17 @@ def check_methods(names: Sequence[str], known: Sequence[str] = METHODS) -> None:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}."
             raise ConfigError(f"There is no method {name!r}: {hint}")
+
+
+def dense_tokens(model: PreTrainedModel, spec: ModelSpec, asked: int | None) -> int:
+    """How many tokens dense attention reads: ``asked``, or 8 trained lengths; fewer where positions or memory end."""
+    from streamllm.models import free_bytes
+
+    most = asked or DENSE_CONTEXTS * spec.limit
+    if spec.positions == "absolute":
+        return min(most, spec.limit)
+    free, each = free_bytes(model.device), sum(layer.bytes_per_token for layer in spec.layers)
+    return min(most, free // (4 * each)) if free and each else most  # keys and values grow by copying
 
 
 def cache_maker(method: str, model: PreTrainedModel, sinks: int, window: int, block: int) -> Callable[[], Cache]:

@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamllm.config import PREFILL_CHUNK, CacheConfig, check_count
 from streamllm.evaluate.evaluation import Evaluation, Figures, option, spell_interval
-from streamllm.evaluate.methods import METHODS, cache_maker, check_methods
+from streamllm.evaluate.methods import DENSE_CONTEXTS, METHODS, cache_maker, check_methods, dense_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from streamllm.evaluate.desk import Desk
-
-DENSE_CONTEXTS = 8
-"""Trained lengths that dense attention reads, where nobody says otherwise: far enough to see it fail."""
 
 ONLY_HEAD = ("dense", "recompute")
 """Methods that do not read the whole text: one would fill the memory, the other takes too long."""
@@ -79,8 +76,8 @@ class Perplexity(Evaluation):
         text = desk.text(self.tokens, least=self.sinks + window + 1, every_document=self.every_document)
         total = text.ids.shape[1]
         head = min(total, self.dense_limit or DENSE_CONTEXTS * fitted.spec.limit)
-        dense = min(head, self._dense_tokens(desk, fitted))
-        limits = {"dense": dense, "recompute": min(head, self.recompute_limit)}
+        dense = dense_tokens(desk.model, fitted.spec, self.dense_limit)
+        limits = {"dense": min(head, dense), "recompute": min(head, self.recompute_limit)}
         makers = {m: cache_maker(m, desk.model, self.sinks, window, self.block) for m in self.methods}
         endless = [m for m in self.methods if m not in ONLY_HEAD] if total > head else []
         steps = sum(limits.get(m, head) - 1 for m in self.methods) + len(endless) * (total - 1)
@@ -102,16 +99,6 @@ class Perplexity(Evaluation):
                 curves = {m: desk.stream(m, text.ids, makers[m], step=self.step) for m in endless}
                 found["stream"] = {"tokens": total, "methods": _compare(curves)}
         return found
-
-    def _dense_tokens(self, desk: Desk, fitted: Any) -> int:
-        """How far dense attention can read: learned positions end, and so does the memory."""
-        from streamllm.models import free_bytes
-
-        if fitted.spec.positions == "absolute":
-            return int(fitted.spec.limit)
-        free = free_bytes(desk.model.device)
-        each = sum(layer.bytes_per_token for layer in fitted.spec.layers)
-        return free // (4 * each) if free and each else 1 << 40  # keys and values grow by copying, so far from all
 
     @staticmethod
     def rows(figures: Figures) -> Sequence[tuple[str, ...]]:
