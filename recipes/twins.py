@@ -50,11 +50,12 @@ STRETCH = 500
 """Tokens that are drawn together in the bootstrap: losses close to each other are alike."""
 
 FLAGS = (
-    "--size tiny --heads 2 --kv-heads 1 --optimizer adamw --learning-rate 3e-3 --warmup 0.005 --batch-tokens 2048 "
+    "--size tiny --heads 2 --kv-heads 1 --optimizer adamw --learning-rate 1e-2 --warmup 0.005 --batch-tokens 2048 "
     "--measures 30"
 )
-"""Few heads, because attention on a processor costs by the head; AdamW at a high rate after hardly any warm-up, under
-which sinks emerge within minutes: gentler recipes reach lower losses, and hardly a sink (docs/training.md)."""
+"""Few heads, because attention on a processor costs by the head; AdamW at a rate that is too high, after hardly any
+warm-up, under which sinks emerge within minutes: gentler recipes reach lower losses, and hardly a sink
+(docs/training.md)."""
 
 NAMES = {"none": "nothing", "zero": "zero sink", "token": "one sink token"}
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", nargs="+", required=True, help="text to train on, as for streamllm train")
     parser.add_argument("--heldout", type=Path, required=True, help="text to evaluate on")
     parser.add_argument("--work", type=Path, required=True, help="folder of the three runs")
-    parser.add_argument("--tokens", type=int, default=6_000_000, help="of each run (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="of each run (default: %(default)s)")
     parser.add_argument("--eval-tokens", type=int, default=204_800, help="held-out tokens (default: %(default)s)")
     parser.add_argument("--flags", default=FLAGS, help="further flags of streamllm train (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "twins")
