@@ -11,7 +11,7 @@ STORIES := $(DATA)/stories/decoding_gpt_tinystories_10k.txt $(DATA)/stories/jlen
 STORIES_HELD_OUT := $(DATA)/stories/moe_routing_bench_tinystories_val.txt
 BOOKS_HELD_OUT := $(DATA)/books/heldout.jsonl.xz
 RUNS ?= runs
-EMBEDDED := --size small --layers 7 --heads 2 --kv-heads 1 --vocabulary 8192 --batch-tokens 8192 --tokens 20000000 \
+EMBEDDED := --size small --layers 7 --heads 2 --kv-heads 1 --vocabulary 8192 --batch-tokens 8192 --tokens 24000000 \
 	--measures 12 --save-dtype bfloat16
 
 .PHONY: demo test check slow bench docs candidates embedded twins million results clean
@@ -50,7 +50,7 @@ candidates: $(RUNS)/plain.jsonl.xz  ## compare recipes for the embedded model; w
 
 embedded: $(RUNS)/plain.jsonl.xz  ## train the embedded model anew, or go on with it
 	$(BIN)/streamllm train --out $(RUNS)/embedded $(EMBEDDED) --heldout $(STORIES_HELD_OUT) --heldout $(BOOKS_HELD_OUT) \
-		$(if $(wildcard $(RUNS)/embedded/training/run.json),--resume) --data $(STORIES:%=%:16) $<
+		$(if $(wildcard $(RUNS)/embedded/training/run.json),--resume) --data $(STORIES:%=%:5) $<
 
 twins: $(READY)  ## the paper's table 3 at small scale, and when sinks appear; writes docs/results/
 	mkdir -p $(RUNS)/twins

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +89,8 @@ def _name(device: torch.device) -> str:
     """What a card calls the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} cores" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)} of a processor" if device.type == "cpu" else device.type
 
 
 def _draw(rows: list[dict[str, Any]], saved: SavedRun, title: str) -> None:
