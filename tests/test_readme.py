@@ -80,14 +80,17 @@ def test_every_command_in_the_readme_parses(words: list[str], monkeypatch: pytes
     if words[0].startswith("-"):
         pytest.fail(f"streamllm {words[0]}: the README shows only commands")
     group: Any = typer.main.get_command(app)
-    command, *arguments = words
-    assert command in group.commands
-    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    path, arguments = [], list(words)
+    while hasattr(group, "commands"):  # eval has commands of its own
+        path.append(arguments.pop(0))
+        assert path[-1] in group.commands
+        group = group.commands[path[-1]]
+    shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
     flags = [word for word in arguments if re.match(r"--?[a-z]", word)]
     assert set(flags) <= set(re.findall(r"--?[a-z][a-z-]*", shown.output))
     if "--help" not in flags:
-        group.commands[command].make_context(command, list(arguments)).close()
+        group.make_context(path[-1], list(arguments)).close()
 
 
 def test_the_readme_has_commands_to_check() -> None:

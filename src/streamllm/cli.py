@@ -256,12 +256,12 @@ def doctor(
 
         report = examine(model, config=config, device=device, dtype=dtype)
         screen.settle()
-        measured = verdict_of(EVALUATIONS["sinks"], results, report.model)
+        measured = verdict_of(EVALUATIONS["sinks"], results, report.model) if report.is_fit else None
         if json:
             answer.write(jsonlib.dumps({**report.to_dict(), "sinks_measured": measured}, indent=2) + "\n")
         else:
             unknown = "not yet: streamllm eval sinks finds out whether it needs sinks"
-            answer.table([*report.rows(), ("sinks", measured or unknown)])
+            answer.table([*report.rows(), *([("sinks", measured or unknown)] if report.is_fit else [])])
     raise typer.Exit(0 if report.is_fit else 1)
 
 

@@ -9,6 +9,7 @@ from streamllm.evaluate.drift import Drift
 from streamllm.evaluate.evaluation import Evaluation
 from streamllm.evaluate.perplexity import Perplexity
 from streamllm.evaluate.sinks import Sinks
+from streamllm.evaluate.streameval import StreamEval
 
 EVALUATIONS: dict[str, type[Evaluation]] = {
     kind.name: kind
@@ -16,6 +17,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Perplexity,
         Sinks,
         CacheSize,
+        StreamEval,
         Arc,
         AttentionMaps,
         Drift,
