@@ -52,7 +52,8 @@ def evaluate(name: str, out: Path, *flags: str) -> dict[str, Any]:
     code, shown, err = run("eval", name, "--quiet", "--out", str(out), *flags)
     assert (code, err) == (0, "")
     assert shown
-    record = load_record(out / f"{name}-stories260K.json")
+    trial = "-quick" if "--quick" in flags else ""
+    record = load_record(out / f"{name}-stories260K{trial}.json")
     assert record.figures["options"].keys() == EVALUATIONS[name]().options().keys()
     return record.figures
 
@@ -133,21 +134,21 @@ def test_every_evaluation_has_a_trial_of_seconds(name: str, tmp_path: Path, monk
     out = tmp_path / "results"
     code, shown, err = run("eval", name, "--quick", "--quiet", "--out", str(out))
     assert (code, err) == (0, "")
-    record = load_record(out / f"{name}-stories7M.json")
+    record = load_record(out / f"{name}-stories7M-quick.json")
     kind = EVALUATIONS[name]
     assert (record.name, record.model, record.dtype) == (name, "stories7M", "float32")
     assert shown.splitlines()[-1] == kind.verdict(record.figures)
     assert len(kind.rows(record.figures)) > 1
-    made = {f"{name}-stories7M.{end}" for end in ("json", "png", "svg")}
+    made = {f"{name}-stories7M-quick.{end}" for end in ("json", "png", "svg")}
     assert {path.name for path in out.iterdir()} == made
-    assert (out / f"{name}-stories7M.png").stat().st_size > 10_000
+    assert (out / f"{name}-stories7M-quick.png").stat().st_size > 10_000
 
 
 def test_json_on_stdout_is_the_record(tmp_path: Path) -> None:
     """Reference: the file."""
     code, shown, _ = run("eval", "cache-size", "--quick", "--json", "--out", str(tmp_path))
     assert code == 0
-    assert json.loads(shown) == json.loads((tmp_path / "cache-size-stories260K.json").read_text())
+    assert json.loads(shown) == json.loads((tmp_path / "cache-size-stories260K-quick.json").read_text())
 
 
 def test_what_is_given_is_not_made_small(tmp_path: Path) -> None:
@@ -166,6 +167,10 @@ def test_verdicts_say_what_was_found() -> None:
     assert verdict(figures).endswith("Line breaks in their place do as well.")
     figures["ratio"]["line breaks"] = [1.5, 1.4, 1.6]
     assert verdict(figures).endswith("Line breaks in their place do not do.")
+    most = {"most": 8, "ratio": {"0": [3, 2, 4], "4": [1.2, 1.1, 1.3]}}
+    assert verdict(most).startswith("This model needs its first 8 tokens or more: with 0 kept")
+    some = {"most": 8, "ratio": {"1": [1.001, 1, 1.002], "4": [1.0, 1, 1.001]}}
+    assert verdict(some).startswith("1 initial tokens are enough, fewer were not tried")
     figures["ratio"]["0"] = [1.001, 0.99, 1.01]
     assert verdict(figures).startswith("This model does not need sinks: with 0 initial tokens kept")
     sizes = {"sizes": [64, 128], "perplexity": {"64": [9.0, 8, 10], "128": [9.5, 9, 10]}}
@@ -343,7 +348,7 @@ def test_two_processes_do_not_write_the_same_results(tmp_path: Path) -> None:
     """Reference: a lock that someone else holds."""
     from filelock import FileLock
 
-    with FileLock(tmp_path / ".sinks-stories260K.lock"):
+    with FileLock(tmp_path / ".sinks-stories260K-quick.lock"):
         code, _, err = run("eval", "sinks", "--quick", "--out", str(tmp_path))
     assert code == 1
     assert "Another process is writing" in err

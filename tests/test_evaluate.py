@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from families import FAMILIES
 from streamllm import SinkCache
+from streamllm.errors import UnsupportedModelError
 from streamllm.evaluate.attention import sink_mass
 from streamllm.evaluate.scores import perplexity, read_losses, score_stream
 from test_zero_sink import make as make_zero
@@ -79,6 +81,26 @@ def test_dense_attention_is_read_by_the_same_loop(model, ids, length) -> None:
     if length <= SIZES["window"] + SIZES["sinks"]:
         streamed = read_losses(model, ids[:, :length], SinkCache(model, **SIZES, batch_size=3))
         torch.testing.assert_close(streamed, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_that_grows_ends_where_the_model_does() -> None:
+    """Reference: a model with a table of 64 positions, read densely past its end, and streamed on by re-reading."""
+    learned = FAMILIES["gpt2"].make(trained=64, dtype=torch.float64)
+    text = torch.randint(50, (1, 100), generator=torch.Generator().manual_seed(1))
+    dense = list(score_stream(learned, text, DynamicCache(config=learned.config), step=16))
+    assert sum(scores.losses.shape[1] for scores in dense) == 64
+    streamed = read_losses(learned, text, SinkCache(learned, **SIZES))
+    assert streamed.isfinite().all()
+    with pytest.raises((RuntimeError, IndexError)):
+        list(score_stream(learned, text, DynamicCache(config=learned.config), step=100))
+
+
+def test_losses_that_are_no_numbers_are_no_figures(ids) -> None:
+    """Reference: a model whose weights have become infinite."""
+    broken = copy.deepcopy(FAMILIES["llama"].make(trained=64, dtype=torch.float64))
+    broken.lm_head.weight.data[:] = math.inf
+    with pytest.raises(UnsupportedModelError, match="are no numbers in float64: try --dtype float32"):
+        read_losses(broken, ids, SinkCache(broken, **SIZES, batch_size=3))
 
 
 def test_perplexity_is_that_of_a_fair_choice() -> None:

@@ -199,9 +199,9 @@ def test_text_from_a_record_is_only_text(tmp_path: Path) -> None:
 
 
 def test_a_trial_and_a_busy_machine_are_named_so(tmp_path: Path) -> None:
-    """Reference: the command and the load of the record."""
+    """Reference: the figures and the load of the record."""
     busy = {**TOY.machine, "load_before": 2.6}
-    put(tmp_path, "a", replace(TOY, command="streamllm eval toy --quick", machine=busy))
+    put(tmp_path, "a", replace(TOY, figures={**TOY.figures, "quick": True}, machine=busy))
     _, text = show(tmp_path)
     assert "a quick trial, which proves nothing" in text
     assert "(load 2.6), so times are noisy" in text

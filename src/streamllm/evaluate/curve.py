@@ -1,8 +1,8 @@
 """A stream's losses in constant memory: sums over a bounded number of stretches, and intervals from them.
 
-A stretch is long enough for its mean to be nearly independent of its neighbours', so that drawing stretches with
-replacement (bootstrap) gives an honest confidence interval of the mean over a text. Two streams over the same tokens
-are compared stretch by stretch, because texts differ in difficulty. Nothing here knows about torch.
+Neighbouring stretches are alike, since a hard passage is longer than one of them, so an interval comes from drawing
+runs of them (a moving-block bootstrap, circular). Two streams over the same tokens are compared stretch by stretch,
+because texts differ in difficulty. Nothing here knows about torch.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Curve:
         if self.stretch != other.stretch:
             raise ValueError("curves of different stretches have no tokens in common")
         both = min(len(self.losses), len(other.losses))
-        if (self.done, other.done) != (self.done, self.done):  # the last stretch is only whole in the longer curve
+        if self.done != other.done:  # the last stretch is only whole in the longer curve
             both = min(self.done, other.done) // self.stretch
         difference = self.means[:both] - other.means[:both]
         weights = self.counts[:both]
@@ -131,8 +131,11 @@ class Curve:
 
 
 def _bootstrap(means: NDArray[Any], weights: NDArray[Any]) -> list[float]:
-    """Interval of the exponential of the weighted mean, by drawing stretches."""
-    draws = np.random.default_rng(0).integers(0, len(means), (DRAWS, len(means)))
+    """Interval of the exponential of the weighted mean, by drawing runs of stretches, the root of their number long."""
+    count = len(means)
+    run = math.ceil(math.sqrt(count))
+    begins = np.random.default_rng(0).integers(0, count, (DRAWS, math.ceil(count / run)))
+    draws = ((begins[:, :, None] + np.arange(run)) % count).reshape(DRAWS, -1)[:, :count]
     totals = (means * weights)[draws].sum(1) / weights[draws].sum(1)
     tail = (1 - LEVEL) / 2
     return [float(np.exp(value)) for value in np.quantile(totals, (tail, 1 - tail))]

@@ -163,10 +163,15 @@ class Desk:
             lambda: self._stream(name, ids, make_cache, step, points or total, skip).to_dict(),
             steps=total,
         )
+        self._file(name).unlink(missing_ok=True)
         return Curve.from_dict(found)
 
+    def _file(self, name: str) -> Path:
+        """Where a stream that is not finished is saved."""
+        return self.folder / f"{name}.stream"
+
     def _stream(self, name: str, ids: Ids, make_cache: Callable[[], Cache], step: int, points: int, skip: int) -> Curve:
-        file = self.folder / f"{name}.stream"
+        file = self._file(name)
         cache, curve, read = self._resume(file) or (make_cache(), Curve(points), 0)
         began = saved = time.monotonic()
         self.advance(read, name)
@@ -187,7 +192,7 @@ class Desk:
                     _save(file, cache, curve, read)
                 raise
             began = time.monotonic()
-        file.unlink(missing_ok=True)
+        self.advance(ids.shape[1] - 1 - read, name)  # what a cache that grows could not read
         return curve
 
     def _resume(self, file: Path) -> tuple[Cache, Curve, int] | None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from streamllm.evaluate.desk import Desk
 
+MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What figures of another version run into when this one shows them."""
+
 Figures = dict[str, Any]
 """What was measured, ready for JSON."""
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from streamllm.console import Answer, Screen, Signals
 from streamllm.errors import ConfigError, InputError, StateError
-from streamllm.evaluate.evaluation import Evaluation
+from streamllm.evaluate.evaluation import MISFITS, Evaluation
 from streamllm.evaluate.record import begin_record, load_record, show_command
 
 OUT = Path("streamllm-results")
@@ -80,17 +80,19 @@ class EvalJob:
             plan = {
                 "name": evaluation.name,
                 "options": evaluation.options(),
-                "model": [str(folder.resolve()), [[f.name, f.stat().st_mtime_ns] for f in sorted(folder.iterdir())]],
+                "model": [str(folder.resolve()), _files(folder)],
                 "dtype": dtype,
                 "device": str(model.device),
                 "version": record.machine["streamllm"],
             }
-            target = target_of(self.out, evaluation.name, name)
+            target = target_of(self.out, evaluation.name, name, quick=self.quick)
             desk = Desk(model, tokenizer, self.files, self.out, evaluation.name, json_able(plan), screen, signals)
             signals.defer(None if self.quiet else PATIENCE)
             try:
                 with self._alone(target):
-                    record.figures.update(json_able({"options": evaluation.options(), **evaluation.run(desk)}))
+                    record.figures.update(
+                        json_able({"options": evaluation.options(), "quick": self.quick, **evaluation.run(desk)})
+                    )
                     self._write(record, evaluation, target)
                     desk.finish()
             except Interrupted:
@@ -162,10 +164,17 @@ def base_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def target_of(out: Path, evaluation: str, model: str) -> Path:
-    """Where record and figures of an evaluation of a model go, without their endings."""
+def _files(folder: Path) -> list[Any]:
+    """Names, sizes and times of change of what decides a model."""
+    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
+    files = sorted(file for file in folder.iterdir() if file.suffix in kinds and file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def target_of(out: Path, evaluation: str, model: str, *, quick: bool = False) -> Path:
+    """Where record and figures of an evaluation of a model go, without their endings; trials go beside them."""
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", base_name(model)).strip("-.") or "model"
-    return out / f"{evaluation}-{slug}"
+    return out / f"{evaluation}-{slug}{'-quick' if quick else ''}"
 
 
 def verdict_of(kind: type[Evaluation], out: Path, model: str) -> str | None:
@@ -174,5 +183,5 @@ def verdict_of(kind: type[Evaluation], out: Path, model: str) -> str | None:
     try:
         record = load_record(target.with_name(f"{target.name}.json"))
         return kind.verdict(record.figures) if record.model == base_name(model) else None
-    except (InputError, KeyError, TypeError):
+    except (InputError, *MISFITS):
         return None

@@ -130,9 +130,11 @@ class Perplexity(Evaluation):
             return f"{part['tokens']:,} tokens read; streaming was not among the methods."
         from streamllm.evaluate.curve import Curve
 
-        means = Curve.from_dict(found["curve"]).means
-        tenth = max(1, len(means) // 10)
-        first, last = (math.exp(some.mean()) for some in (means[:tenth], means[-tenth:]))
+        curve = Curve.from_dict(found["curve"])
+        tenth = max(1, len(curve.losses) // 10)
+        first, last = (
+            math.exp(sum(curve.losses[part]) / curve.counts[part].sum()) for part in (slice(tenth), slice(-tenth, None))
+        )
         rest = []
         for name in ("dense", "window"):
             other = figures["head"]["methods"].get(name)

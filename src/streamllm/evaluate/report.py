@@ -18,14 +18,11 @@ from typing import Any
 import streamllm
 from streamllm.atomic import write_atomically
 from streamllm.errors import InputError, StateError, StreamLLMError
-from streamllm.evaluate.evaluation import Evaluation
+from streamllm.evaluate.evaluation import MISFITS, Evaluation
 from streamllm.evaluate.record import BUSY, Record, load_record
 
 PAGE = "report.html"
 """Name of the template among the assets, and of the page where no other is given."""
-
-MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
-"""What figures of another version run into when this one shows them."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Shown:
     @property
     def is_quick(self) -> bool:
         """Whether it was a trial, which proves nothing."""
-        return "--quick" in self.record.command.split()
+        return bool(self.record.figures.get("quick"))
 
 
 @dataclass

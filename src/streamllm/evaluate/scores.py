@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from streamllm.cache import SinkCache
 from streamllm.config import PREFILL_CHUNK
+from streamllm.errors import UnsupportedModelError
 
 Ids = Tensor | np.ndarray[Any, Any]
 """[B, N] ids; an array may be mapped from a file that is larger than the memory."""
@@ -45,6 +46,8 @@ def score_stream(
 ) -> Iterator[Scores]:
     """Scores of ``ids[:, begin + 1:]``, as they are read; ``cache`` is left as it is before the last token.
 
+    With a cache that grows the scores end early where the model's table of positions does, or the memory.
+
     Args:
         model: a causal language model.
         ids: [B, N] tokens of B streams of equal age.
@@ -54,6 +57,7 @@ def score_stream(
 
     Raises:
         CacheError: the cache belongs to another model, or was broken off.
+        UnsupportedModelError: a loss is no number.
     """
     total = ids.shape[1] - 1
     while begin < total:
@@ -63,10 +67,20 @@ def score_stream(
             part = torch.from_numpy(part.astype(np.int64))
         part = part.to(model.device)
         targets = part[:, 1:]
-        with torch.inference_mode():
-            logits = model(input_ids=part[:, :-1], past_key_values=cache, use_cache=True).logits.float()
-            losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-            hits = logits.argmax(-1) == targets
+        try:
+            with torch.inference_mode():
+                logits = model(input_ids=part[:, :-1], past_key_values=cache, use_cache=True).logits.float()
+                losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+                hits = logits.argmax(-1) == targets
+        except (RuntimeError, IndexError):
+            if isinstance(cache, SinkCache) or begin == 0:
+                raise
+            return
+        if not bool(losses.isfinite().all()):
+            raise UnsupportedModelError(
+                f"The losses of this model are no numbers in {str(model.dtype).removeprefix('torch.')}: try --dtype "
+                "float32 or bfloat16."
+            )
         yield Scores(losses, hits)  # outside of the mode, which would be the caller's, too
         begin += width
 

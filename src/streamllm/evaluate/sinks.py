@@ -72,18 +72,18 @@ class Sinks(Evaluation):
             size = fitted.sinks + (fitted.window or 0)
         text = desk.text(self.tokens, least=size + self.block + 1 + 2 * SHORTEST, every_document=self.every_document)
         total = text.ids.shape[1]
-        broken = text.ids.copy()
         ids = desk.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        variants = [(str(kept), kept, text.ids) for kept in self.kept]
+        variants = [(str(kept), kept) for kept in self.kept]
         if ids and REPLACED in self.kept:
-            broken[:, :REPLACED] = ids[-1]
-            variants.append((BREAKS, REPLACED, broken))
+            variants.append((BREAKS, REPLACED))
         curves: dict[str, Curve] = {}
         with desk.work(len(variants) * (total - 1)):
-            for name, kept, read in variants:
+            for name, kept in variants:
+                if name == BREAKS:  # the last one, so nobody reads the words any more
+                    text.ids[:, :REPLACED] = ids[-1]
                 curves[name] = desk.stream(
                     f"{kept}+{size - kept} {name}",
-                    read,
+                    text.ids,
                     cache_maker("streaming", desk.model, kept, size - kept, self.block),
                     skip=size + self.block,
                 )
@@ -118,12 +118,21 @@ class Sinks(Evaluation):
         """Whether the model needs sinks, and how many."""
         ratios = figures["ratio"]
         kept = [name for name in ratios if name != BREAKS]
-        enough = next((name for name in kept if ratios[name][0] <= TOLERANCE), str(figures["most"]))
+        enough = next((name for name in kept if ratios[name][0] <= TOLERANCE), None)
         least = kept[0]
         words = f"{spell_interval(ratios[least])} times that with {figures['most']}"
+        if enough == "0":
+            return f"This model does not need sinks: with 0 initial tokens kept its perplexity is {words}."
         if enough == least:
-            return f"This model does not need sinks: with {least} initial tokens kept its perplexity is {words}."
-        tokens = "first token" if enough == "1" else f"first {enough} tokens"
+            return f"{least} initial tokens are enough, fewer were not tried: with them its perplexity is {words}."
+        tokens = (
+            "first token"
+            if enough == "1"
+            else f"first {enough} tokens"
+            if enough
+            else f"first {figures['most']} tokens"
+        )
+        tokens += "" if enough else " or more"
         tail = ""
         if BREAKS in ratios:
             is_alike = ratios[BREAKS][0] <= TOLERANCE * ratios.get(str(REPLACED), [1.0])[0]

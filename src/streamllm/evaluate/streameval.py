@@ -151,6 +151,9 @@ class StreamEval(Evaluation):
             for scores in score_stream(desk.model, part, cache):
                 right += scores.hits[0].tolist()
                 desk.advance(0, words)
+            answers = [answer for answer in answers if answer.end - read - 1 <= len(right)]
+            if len(right) < part.shape[1] - 1:  # a cache that grows could not read on
+                limit = end
             for number, answer in enumerate(answers, start=asked):
                 if answer.content_begin >= self.sinks:  # a number among the sinks never leaves
                     tally.add(

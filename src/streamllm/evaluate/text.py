@@ -38,7 +38,7 @@ class Text:
     """The text of an evaluation.
 
     Args:
-        ids: [1, N] mapped from a file that is gone when the process ends.
+        ids: [1, N] mapped from a file that is gone when the process ends; what is written to them stays in memory.
         files: names of what it was read from.
     """
 
@@ -101,7 +101,7 @@ def encode_text(
                 "--window."
             )
         spool.flush()
-        mapped = np.memmap(spool, np.uint32, mode="r", shape=(1, count))
+        mapped = np.memmap(spool, np.uint32, mode="c", shape=(1, count))
     return Text(mapped, [Path(name).name if name != STDIN else "stdin" for name in files] or ["packaged"])
 
 
