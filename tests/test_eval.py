@@ -288,7 +288,7 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path: P
         (("perplexity", "--methods", "streming"), 2, "There is no method 'streming': did you mean streaming?"),
         (("perplexity", "--methods", ""), 2, "Name at least one method: dense, window"),
         (("perplexity", "--step", "0"), 2, "step must be a whole number of at least 1, you gave 0."),
-        (("perplexity", "--tokens", "100"), 1, "The text has 100 tokens (the packaged text)"),
+        (("perplexity", "--tokens", "100"), 1, "100 tokens are too few: this evaluation needs 257 of them."),
         (("perplexity", "--window", "9999"), 2, "you asked for a window of 9999"),
         (("sinks", "--kept", "4"), 2, "Give at least two rising numbers of initial tokens, you gave [4]."),
         (("sinks", "--kept", "0,x"), 2, "--kept takes whole numbers with commas, you gave '0,x'."),

@@ -118,9 +118,12 @@ def report(
     begin(ctx)
     from streamllm.evaluate.report import write_report
 
+    answer = Answer()
     page = folder / "report.html" if out is None else out
     count = write_report(folder, page)
-    Answer().write(f"{page}: {count} record{'s' if count != 1 else ''}\n")
+    answer.write(f"{page}: {count} record{'s' if count != 1 else ''}\n")
+    if answer.error:
+        raise answer.error
 
 
 for _kind in EVALUATIONS.values():

@@ -73,7 +73,13 @@ class Desk:
         self.out.mkdir(parents=True, exist_ok=True)
         self.screen.spin("encoding the text")
         text = encode_text(
-            self.tokenizer, self.files, self.out, tokens=tokens, least=least, every_document=every_document
+            self.tokenizer,
+            self.files,
+            self.out,
+            tokens=tokens,
+            least=least,
+            every_document=every_document,
+            watch=lambda: self.advance(0, ""),
         )
         self.screen.settle()
         self.plan["ids"] = hashlib.sha256(text.ids).hexdigest()  # type: ignore[arg-type]

@@ -76,13 +76,14 @@ class EvalJob:
             from streamllm.evaluate.desk import Desk, Interrupted
 
             dtype = str(model.dtype).removeprefix("torch.")
-            record = begin_record(evaluation.name, show_command(["streamllm"], sys.argv[1:]), base_name(name), dtype)
+            command, device = show_command(["streamllm"], sys.argv[1:]), str(model.device)
+            record = begin_record(evaluation.name, command, base_name(name), dtype, device)
             plan = {
                 "name": evaluation.name,
                 "options": evaluation.options(),
                 "model": [str(folder.resolve()), _files(folder)],
                 "dtype": dtype,
-                "device": str(model.device),
+                "device": device,
                 "version": record.machine["streamllm"],
             }
             target = target_of(self.out, evaluation.name, name, quick=self.quick)

@@ -74,7 +74,7 @@ class Record:
             OSError: the disk is full.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
 
 
 def load_record(path: Path) -> Record:
@@ -100,10 +100,13 @@ def load_record(path: Path) -> Record:
     return Record(**{name: found[name] for name in known if name in found})
 
 
-def begin_record(name: str, command: str, model: str, dtype: str) -> Record:
-    """Return a record without figures; call it before measuring, when the machine is as the measurement finds it."""
+def begin_record(name: str, command: str, model: str, dtype: str, device: str = "cpu") -> Record:
+    """Return a record without figures; call it before measuring, when the machine is as the measurement finds it.
+
+    ``device``: as torch names it.
+    """
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    return Record(name, command, began, find_commit(), describe_machine(), model, dtype, {})
+    return Record(name, command, began, find_commit(), describe_machine(device), model, dtype, {})
 
 
 def show_command(program: Sequence[str], argv: Sequence[str]) -> str:
@@ -133,15 +136,20 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, cwd=SOURCES, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, system, versions, threads and load; ``None`` for what the system does not tell."""
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores, memory, system, versions, threads and load; ``None`` for what the system does not tell.
+
+    What computes comes first, if that is an accelerator.
+    """
     import torch
 
     import streamllm
 
     memory = _line_of(Path("/proc/meminfo"), "MemTotal")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    accelerator = {"device": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {"device": device}
     return {
+        **(accelerator if device != "cpu" else {}),
         "cpu": _line_of(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "ram_gib": round(int(memory.split()[0]) / 2**20, 1) if memory else None,

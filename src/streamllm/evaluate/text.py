@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.resources
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,7 @@ def encode_text(
     tokens: int | None = None,
     least: int = 2,
     every_document: bool = False,
+    watch: Callable[[], None] = lambda: None,
 ) -> Text:
     """The first ``tokens`` ids of the files.
 
@@ -81,6 +82,7 @@ def encode_text(
         tokens: at most; ``None``: all.
         least: tokens that the evaluation needs.
         every_document: every document gets the tokens that the tokenizer puts in front of a text, not only the first.
+        watch: is called now and then, and may raise.
 
     Raises:
         ConfigError, InputError: a file cannot be used, or there is not enough text.
@@ -89,6 +91,7 @@ def encode_text(
     count = 0
     with tempfile.TemporaryFile(dir=folder) as spool:
         for ids in _ids(tokenizer, files, every_document=every_document):
+            watch()
             part = ids if tokens is None else ids[: tokens - count]
             spool.write(np.asarray(part, np.uint32).tobytes())
             count += len(part)
@@ -96,9 +99,11 @@ def encode_text(
                 break
         if count < least:
             where = ", ".join(files) or "the packaged text"
+            if count == tokens:
+                raise InputError(f"{count:,} tokens are too few: this evaluation needs {least:,} of them.")
             raise InputError(
-                f"The text has {count:,} tokens ({where}), {least:,} are needed: give more with --data, or a smaller "
-                "--window."
+                f"The text has {count:,} tokens ({where}), {least:,} are needed: give more with --data, or ask for a "
+                "smaller cache."
             )
         spool.flush()
         mapped = np.memmap(spool, np.uint32, mode="c", shape=(1, count))
@@ -119,6 +124,8 @@ def _documents(files: Sequence[str]) -> Iterator[Iterable[str]]:
     """The documents, each in pieces; a document must be read before the next one."""
     for name in files or [str(packaged_text())]:
         if name == STDIN:
+            if sys.stdin is None:
+                raise InputError("There is no standard input to read; name a file.")
             yield decode_utf8(iter(lambda: sys.stdin.buffer.read(PIECE_BYTES), b""))
             continue
         pieces = read_documents([Source.parse(name)])
