@@ -6,6 +6,7 @@ import importlib
 import json
 import lzma
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,14 @@ def test_the_long_stream_is_compared_on_the_same_tokens(
 def dense(model: Any, ids: torch.Tensor) -> float:
     with torch.no_grad():
         return float(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).exp())
+
+
+def test_the_page_of_results_is_what_the_records_say(script: Any, tmp_path: Path) -> None:
+    """Reference: the page in the repository; the part by hand stays."""
+    shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
+    page = tmp_path / "results" / "README.md"
+    written = page.read_text(encoding="utf-8")
+    results = script("results")
+    page.write_text(written.partition(results.MARK)[0] + results.MARK + "\nold", encoding="utf-8")
+    results.main(["--results", str(tmp_path / "results")])
+    assert page.read_text(encoding="utf-8") == written
