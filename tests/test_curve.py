@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from streamllm.evaluate.curve import SHORTEST, STRETCHES, Curve, share
+from streamllm.evaluate.curve import SHORTEST, STRETCHES, Curve
+from streamllm.evaluate.share import share
 
 
 def fill(losses: np.ndarray, tokens: int | None = None, *, parts: int = 7) -> Curve:

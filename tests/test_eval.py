@@ -365,6 +365,8 @@ def test_options_are_checked_when_they_are_made() -> None:
 
 def test_naming_the_evaluations_loads_neither_torch_nor_matplotlib() -> None:
     """Reference: a fresh process."""
-    code = "import sys, streamllm.cli_eval; sys.exit(' '.join({'torch', 'matplotlib'} & set(sys.modules)) or 0)"
+    code = (
+        "import sys, streamllm.cli_eval; sys.exit(' '.join({'torch', 'matplotlib', 'numpy'} & set(sys.modules)) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")

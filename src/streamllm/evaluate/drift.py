@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from streamllm.config import PREFILL_CHUNK, CacheConfig, check_count
 from streamllm.errors import ConfigError, UnsupportedModelError
 from streamllm.evaluate.evaluation import Evaluation, Figures, option
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
@@ -146,7 +145,7 @@ class Drift(Evaluation):
         from streamllm.evaluate.witness import Witness
 
         def take(first: int, count: int) -> torch.Tensor:
-            part = ids[0].take(range(first, first + count), mode="wrap").astype(np.int64)
+            part = ids[0].take(range(first, first + count), mode="wrap").astype("int64")
             return torch.from_numpy(part)[None].to(model.device)
 
         file = desk.folder / f"{name}.witness"

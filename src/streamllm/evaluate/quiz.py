@@ -18,10 +18,10 @@ from transformers.cache_utils import Cache
 
 from streamllm.checkpoint import first_line
 from streamllm.errors import UnsupportedModelError
-from streamllm.evaluate.curve import share
 from streamllm.evaluate.desk import Desk
 from streamllm.evaluate.questions import Question
 from streamllm.evaluate.scores import Scores, score_stream
+from streamllm.evaluate.share import share
 from streamllm.reading import read_ids
 
 SEPARATOR = "\n\n"

@@ -191,7 +191,7 @@ class StreamEval(Evaluation):
     @staticmethod
     def verdict(figures: Figures) -> str:
         """Accuracy inside the window against beyond it; or that this model cannot show it."""
-        from streamllm.evaluate.curve import share
+        from streamllm.evaluate.share import share
 
         methods, window, chance = figures["methods"], figures["cache"]["window"], figures["chance"]
         main = "streaming" if "streaming" in methods else next(iter(methods))

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from streamllm.evaluate.curve import share
 from streamllm.evaluate.registers import Answer
+from streamllm.evaluate.share import share
 
 PARTS = 10
 """Of a stream, in which queries are counted."""
