@@ -422,6 +422,9 @@ def test_the_verdict_says_what_the_figures_say(figures: dict[str, Any]) -> None:
     assert len(Drift.rows(found)) == 3
     assert "nothing drifts" in Drift.verdict(found)
     assert f"{points[-1]['evictions']:,} evictions and {points[-1]['restarts']:,} restarts" in Drift.verdict(found)
+    short = json_able(found)
+    del short["dtypes"]["float32"]["checkpoints"][1:]
+    assert "too few tokens to tell whether anything drifts" in Drift.verdict(short)
     worse = json_able(found)
     worse["dtypes"]["float32"]["checkpoints"][-1]["keys"]["mean"] *= 2
     assert "keys drift in float32" in Drift.verdict(worse)

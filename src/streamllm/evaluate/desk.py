@@ -60,7 +60,6 @@ class Desk:
     plan: dict[str, Any]
     screen: Screen
     signals: Signals
-    began: float = field(default_factory=time.monotonic)
     _parts: dict[str, Any] = field(default_factory=dict)
     _report: Callable[[int, str], None] = lambda done, words: None
     _done: int = 0

@@ -220,7 +220,9 @@ class Drift(Evaluation):
         drifting = [name for name, times in growth.items() if times > GROWTH]
         turns = max(point["turns"] for found in points.values() for point in found)
         pinned = {name: _times(p[-1]["pinned"]["mean"], p[-1]["pinned"]["floor_mean"]) for name, p in points.items()}
-        outcome = f"keys drift in {', '.join(drifting)}" if drifting else "nothing drifts"
+        is_told = last["restarts"] and all(len(found) > 1 for found in points.values())
+        outcome = "nothing drifts" if is_told else "too few tokens to tell whether anything drifts"
+        outcome = f"keys drift in {', '.join(drifting)}" if drifting else outcome
         sentences = [
             f"After {last['tokens']:,} tokens, {last['evictions']:,} evictions and {last['restarts']:,} restarts of "
             f"positions (at most {turns} in the life of a key) keys are off by {_spell(off)} single roundings, "
