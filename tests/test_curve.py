@@ -16,7 +16,7 @@ def fill(losses: np.ndarray, tokens: int | None = None, *, parts: int = 7) -> Cu
     """A curve that was given ``losses`` in uneven parts."""
     curve = Curve(tokens or len(losses))
     for part in np.array_split(losses, parts):
-        curve.add(part, part < 1, seconds=len(part) * 0.001, cache_bytes=5, rss=9)
+        curve.add(part, part < 1, seconds=len(part) * 0.001, cache_bytes=5, memory=9)
     return curve
 
 

@@ -144,10 +144,11 @@ class Arc(Evaluation):
             f"{figures['questions']:,} questions in a stream of {figures['tokens']:,} tokens, answered right: "
             f"{', '.join(rights)}; a guess among the labels is right in {100 * chance['accuracy']:.1f} %."
         )
-        if {ALONE, "streaming"} <= read.keys():
-            (_, low, high), (_, least, most) = (read[name]["accuracy"] for name in ("streaming", ALONE))
-            how = "better than" if low > most else "worse than" if high < least else "as well as"
-            words += f" Streaming does {how} {ALONE}{', as far as these can tell' if how == 'as well as' else ''}."
+        words += "".join(
+            _beside(other, methods["streaming"]["hits"], methods[other]["hits"])
+            for other in methods
+            if "streaming" in methods and other != "streaming"
+        )
         if all(found["accuracy"][1] <= chance["accuracy"] for found in read.values()):
             losses = [f"{name} {found['loss'][0]:.2f}" for name, found in read.items()]
             words += (
@@ -193,6 +194,25 @@ class Arc(Evaluation):
             _mark(axes, figures)
         rights.legend(fontsize="small", ncols=2, loc="upper right", frameon=False)
         return figure
+
+
+def _beside(name: str, ours: Sequence[int | None], theirs: Sequence[int | None]) -> str:
+    """Streaming beside another method on the questions that both read: those that one of them alone answers right.
+
+    Were both as good, either would be as likely (McNemar's test).
+    """
+    from streamllm.evaluate.share import share
+
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return ""
+    better, worse = (sum(pair == alone for pair in pairs) for alone in ((1, 0), (0, 1)))
+    words = f"streaming alone is right on {better:,} and {name} alone on {worse:,} of {len(pairs):,}"
+    if better == worse == 0:
+        return f" Streaming answers as {name} does."
+    _, low, high = share(better, better + worse)
+    how = "better than" if low > 0.5 else "worse than" if high < 0.5 else None
+    return f" Streaming does {how} {name}: {words}." if how else f" Streaming cannot be told from {name}: {words}."
 
 
 def _percent(found: dict[str, Any]) -> str:

@@ -75,14 +75,14 @@ class CacheSize(Evaluation):
                 )
                 for size in sizes
             }
-        smallest = curves[sizes[0]]
+        largest = curves[sizes[-1]]
         return {
             "tokens": total,
             "files": text.files,
             "sinks": self.sinks,
             "sizes": list(sizes),
             "perplexity": {str(size): curve.interval() for size, curve in curves.items()},
-            "ratio": {str(size): curve.ratio(smallest) for size, curve in curves.items() if curve is not smallest},
+            "ratio": {str(size): curve.ratio(largest) for size, curve in curves.items() if curve is not largest},
             "cache_bytes": {str(size): max(curve.cache_bytes) for size, curve in curves.items()},
             "ms_per_token": {str(size): 1000 * sum(curve.seconds) / curve.done for size, curve in curves.items()},
         }
@@ -92,7 +92,7 @@ class CacheSize(Evaluation):
         """A line a size."""
         sizes, sinks = figures["sizes"], figures["sinks"]
         rows: list[tuple[str, ...]] = [
-            ("cache", "perplexity", f"beside {sizes[0]}, same tokens", "memory", "ms a token")
+            ("cache", "perplexity", f"beside {sizes[-1]}, same tokens", "memory", "ms a token")
         ]
         for size in sizes:
             ratio = figures["ratio"].get(str(size))
@@ -109,14 +109,19 @@ class CacheSize(Evaluation):
 
     @staticmethod
     def verdict(figures: Figures) -> str:
-        """Which size is best."""
-        values = {size: figures["perplexity"][str(size)][0] for size in figures["sizes"]}
-        best = min(values, key=values.__getitem__)
-        largest = figures["sizes"][-1]
-        words = f"A cache of {best} tokens has the lowest perplexity, {values[best]:.3f}"
-        if best == largest:
-            return f"{words}: the largest is the best."
-        return f"{words}: larger is not better here ({largest} tokens: {values[largest]:.3f})."
+        """Whether the largest is the best, on the same tokens."""
+        *smaller, largest = figures["sizes"]
+        words = f"With {largest} tokens cached the perplexity is {spell_interval(figures['perplexity'][str(largest)])}"
+        if not smaller:
+            return f"{words}; no other size was tried."
+        ratios = {size: figures["ratio"][str(size)] for size in smaller}
+        best = min(ratios, key=lambda size: ratios[size][0])
+        if ratios[best][2] < 1:
+            return f"{words}; larger is not better: {best} tokens have {spell_interval(ratios[best], 4)} times that."
+        alike = [str(size) for size in smaller if ratios[size][1] <= 1]
+        if alike:
+            return f"{words}; {', '.join(alike)} cannot be told from it on this text."
+        return f"{words}, the lowest: the next best, {best} tokens, has {spell_interval(ratios[best], 4)} times that."
 
     @staticmethod
     def draw(figures: Figures) -> Figure:

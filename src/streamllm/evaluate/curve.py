@@ -36,7 +36,8 @@ class Curve:
         losses: sums in nats, one a stretch.
         hits: tokens that were the most likely ones.
         seconds: of reading.
-        cache_bytes, rss_bytes: of the cache and the process, at the end of each stretch.
+        cache_bytes, memory_bytes: of the cache, and of all that runs, at the end of each stretch.
+        forwards: that read them.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -46,12 +47,14 @@ class Curve:
         self.hits: list[int] = []
         self.seconds: list[float] = []
         self.cache_bytes: list[int] = []
-        self.rss_bytes: list[int] = []
+        self.memory_bytes: list[int] = []
+        self.forwards = 0
 
     def add(
-        self, losses: NDArray[Any], hits: NDArray[Any], *, seconds: float = 0.0, cache_bytes: int = 0, rss: int = 0
+        self, losses: NDArray[Any], hits: NDArray[Any], *, seconds: float = 0.0, cache_bytes: int = 0, memory: int = 0
     ) -> None:
-        """Take in the next losses and hits [n], and what reading them took."""
+        """Take in the losses and hits [n] of the next forward, and what it took."""
+        self.forwards += 1
         begin = 0
         while begin < len(losses):
             number, inside = divmod(self.done, self.stretch)
@@ -60,13 +63,13 @@ class Curve:
                 self.hits.append(0)
                 self.seconds.append(0.0)
                 self.cache_bytes.append(0)
-                self.rss_bytes.append(0)
+                self.memory_bytes.append(0)
             width = min(self.stretch - inside, len(losses) - begin)
             part = slice(begin, begin + width)
             self.losses[number] += float(losses[part].sum(dtype=np.float64))
             self.hits[number] += int(hits[part].sum())
             self.seconds[number] += seconds * width / len(losses)
-            self.cache_bytes[number], self.rss_bytes[number] = cache_bytes, rss
+            self.cache_bytes[number], self.memory_bytes[number] = cache_bytes, memory
             self.done += width
             begin += width
 

@@ -26,7 +26,7 @@ from streamllm.config import PREFILL_CHUNK
 from streamllm.console import Screen, Signals
 from streamllm.errors import StateError
 from streamllm.evaluate.curve import Curve
-from streamllm.evaluate.memory import rss_bytes
+from streamllm.evaluate.memory import held_bytes
 from streamllm.evaluate.scores import Ids, score_stream
 from streamllm.evaluate.text import Text, encode_text
 from streamllm.state import load_state, save_state
@@ -185,7 +185,8 @@ class Desk:
             first = max(0, skip - read)
             taken = (time.monotonic() - began) * (len(losses) - first) / len(losses)
             if first < len(losses):
-                curve.add(losses[first:], hits[first:], seconds=taken, cache_bytes=cache_bytes(cache), rss=rss_bytes())
+                sizes = {"cache_bytes": cache_bytes(cache), "memory": held_bytes(self.model.device)}
+                curve.add(losses[first:], hits[first:], seconds=taken, **sizes)
             read += len(losses)
             if isinstance(cache, SinkCache) and time.monotonic() - saved > SAVE_SECONDS:
                 _save(file, cache, curve, read)

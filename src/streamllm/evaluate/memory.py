@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of what runs on ``device``: of all tensors on a CUDA device, else resident ones of this process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    return rss_bytes()
 
 
 def rss_bytes(pid: int | None = None) -> int:

@@ -104,7 +104,15 @@ class Perplexity(Evaluation):
     def rows(figures: Figures) -> Sequence[tuple[str, ...]]:
         """A line a method."""
         rows: list[tuple[str, ...]] = [
-            ("method", "tokens", "perplexity", "beside streaming, same tokens", "ms a token", "cache")
+            (
+                "method",
+                "tokens",
+                "perplexity",
+                "beside streaming, same tokens",
+                "tokens a forward",
+                "ms a token",
+                "cache",
+            )
         ]
         for part in ("head", "stream"):
             for name, found in (figures[part] or {"methods": {}})["methods"].items():
@@ -115,6 +123,7 @@ class Perplexity(Evaluation):
                         f"{found['tokens']:,}",
                         spell_interval(found["perplexity"]),
                         beside,
+                        f"{found['tokens'] / found['curve']['forwards']:.0f}",
                         f"{found['ms_per_token']:.2f}",
                         f"{found['cache_bytes'] / 1e6:.2f} MB",
                     )
@@ -169,7 +178,7 @@ class Perplexity(Evaluation):
                 else:
                     losses.plot(at, curve.means, color=COLORS[name], lw=0.7, alpha=0.4)
                     losses.plot(at, curve.running, **style)
-                    memory.plot(at, [n / 1e6 for n in curve.rss_bytes], **style)
+                    memory.plot(at, [n / 1e6 for n in curve.memory_bytes], **style)
                 times.plot(at, [1000 * s / n for s, n in zip(curve.seconds, curve.counts, strict=True)], **style)
             trained = figures["trained_length"]
             if part == "head" and trained and trained < size:
@@ -177,7 +186,7 @@ class Perplexity(Evaluation):
                 losses.text(trained / scale, losses.get_ylim()[1], " trained length", va="top", fontsize="x-small")
             means = "" if part == "head" else " (thin: by stretch, thick: so far)"
             losses.set(title=f"log perplexity{means}", xlabel=unit, ylabel="nats a token")
-            kind = "keys and values" if part == "head" else "memory of the process"
+            kind = "keys and values" if part == "head" else "memory of all that runs"
             memory.set(title=kind, xlabel=unit, ylabel="MB", ylim=(0, 1.1 * memory.get_ylim()[1]))
             times.set(title="time", xlabel=unit, ylabel="ms a token", yscale="log")
             losses.legend(fontsize="small")
