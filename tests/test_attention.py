@@ -158,7 +158,7 @@ def test_sums_of_parts_are_the_sums_of_all(model: LlamaForCausalLM, ids: Tensor)
     for number, layer in enumerate(whole):
         merged = LayerSums(4, skip=4, shown=5, kept=2)
         for part in parts:
-            merged.merge(json.loads(json.dumps(part[number].to_dict())))
+            merged.merge(LayerSums.from_dict(json.loads(json.dumps(part[number].to_dict()))))
         assert merged.count == layer.count
         for name in ("mass", "nothing", "attention", "logits", "seen"):
             torch.testing.assert_close(getattr(merged, name), getattr(layer, name))

@@ -227,7 +227,18 @@ def test_a_wrong_name_in_the_settings_file_is_refused(tmp_path: Path) -> None:
 def test_every_flag_names_its_environment_variable() -> None:
     """Reference: the help itself."""
     text = run("run", "--help")[1]
-    for name in ("MODEL", "WINDOW", "SINKS", "BLOCK", "TEMPERATURE", "SEED", "SAVE", "RESUME", "ENDLESS", "MAX_TOKENS"):
+    for name in (
+        "MODEL",
+        "WINDOW",
+        "SINKS",
+        "BLOCK",
+        "TEMPERATURE",
+        "SEED",
+        "RUN_SAVE",
+        "RUN_RESUME",
+        "ENDLESS",
+        "MAX_TOKENS",
+    ):
         assert f"STREAMLLM_{name}" in text
 
 

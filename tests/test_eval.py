@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +258,16 @@ def test_another_plan_or_text_begins_anew(loaded: tuple[Any, Any], tmp_path: Pat
     assert len(folders) == 3
 
 
+def test_unfinished_work_that_nobody_went_on_with_is_thrown_away(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    """Reference: by hand; one folder is a day old, one a month, and one is no work of ours."""
+    folders = {name: tmp_path / name for name in (".sinks-0123456789ab", ".drift-ba9876543210", ".other-folder")}
+    for days, folder in zip((1, 30, 30), folders.values(), strict=True):
+        folder.mkdir()
+        os.utime(folder, (0, time.time() - 24 * 3600 * days))
+    mine = make_desk(loaded, tmp_path).folder
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {mine, *list(folders.values())[::2]}
+
+
 def test_a_long_stream_is_saved_now_and_then(
     loaded: tuple[Any, Any], tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +305,18 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path: P
     found, whole = (load_record(next(folder.glob("*.json"))) for folder in (tmp_path, tmp_path / "whole"))
     assert found.figures["perplexity"] == whole.figures["perplexity"]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_ctrl_c_ends_a_pipe_that_never_ends(tmp_path: Path) -> None:
+    """Reference: by hand; nothing comes through the pipe, and one signal is enough."""
+    process = spawn("eval", "sinks", "--quick", "--data", "-", "--out", str(tmp_path), stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stderr is not None
+    assert any(b"waiting for standard input" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    process.stdin.close()
+    assert not list(tmp_path.glob("*.json"))
 
 
 # ---- what is refused
@@ -356,6 +380,9 @@ def test_results_that_cannot_be_written_are_said_so(tmp_path: Path, monkeypatch:
 
 def test_a_folder_of_results_must_be_one(tmp_path: Path) -> None:
     """Reference: by hand."""
+    code, _, err = run("eval", "sinks", "--quick", "--out", str(tmp_path / ("n" * 300)))
+    assert (code, err.count("\n")) == (2, 0)
+    assert "File name too long; name another folder with --out." in err
     (tmp_path / "file").write_text("")
     code, _, err = run("eval", "sinks", "--quick", "--out", str(tmp_path / "file"))
     assert (code, err) == (2, f"streamllm: {tmp_path / 'file'} is no folder; name another one with --out.")

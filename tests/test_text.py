@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import lzma
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -59,11 +57,10 @@ def test_no_more_is_read_than_is_wanted(files: list[str], tmp_path: Path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.xz", "b.txt"]
 
 
-def test_standard_input_is_a_file_like_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_standard_input_is_a_file_like_others(tmp_path: Path) -> None:
     """Reference: the tokenizer on what was piped in."""
     tokenizer = byte_level()
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(DOCUMENTS[0].encode())))
-    found = encode_text(tokenizer, ["-"], tmp_path)
+    found = encode_text(tokenizer, ["-"], tmp_path, piped=iter([DOCUMENTS[0][:100], DOCUMENTS[0][100:]]))
     assert found.ids[0].tolist() == [*tokenizer(DOCUMENTS[0])["input_ids"], tokenizer.eos_token_id]
     assert found.files == ["stdin"]
 

@@ -392,5 +392,5 @@ def test_environment_variables_can_be_set_in_a_shell() -> None:
     """Reference: the letters of a name."""
     _, out, _ = run("train", "--help")
     names = re.findall(r"STREAMLLM_[^\s,;\]:]+", out)
-    assert "STREAMLLM_LEARNING_RATE" in names
+    assert "STREAMLLM_TRAIN_LEARNING_RATE" in names
     assert all(re.fullmatch(r"[A-Z0-9_]+", name) for name in names)

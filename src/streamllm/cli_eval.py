@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -33,6 +33,10 @@ Out = Annotated[Path, one_off("--out", help="Folder of records and figures.")]
 Quick = Annotated[bool, one_off("--quick", help="A trial that takes seconds and proves nothing.")]
 
 
+_MANNERS = ("json", "quiet", "debug")
+"""Flags that change nothing but what is shown."""
+
+
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
@@ -54,6 +58,7 @@ def _command(kind: type[Evaluation]) -> Callable[..., None]:
             model=values["model"],
             device=values["device"],
             dtype=values["dtype"],
+            settled=tuple(_settled(ctx, values)),
             files=(*(values["data"] or ()), *(values["files"] or ())),
             out=values["out"],
             quick=values["quick"],
@@ -93,6 +98,18 @@ def _command(kind: type[Evaluation]) -> Callable[..., None]:
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = kind.title.rstrip("?.") + ("?" if kind.title.endswith("?") else ".")
     return command
+
+
+def _settled(ctx: typer.Context, values: dict[str, Any]) -> Iterator[str]:
+    """What the environment or the settings file gave, as flags."""
+    for name, value in values.items():
+        if name not in _MANNERS and source(ctx, name) in ("environment", "file"):
+            flag = "--" + name.replace("_", "-")
+            for each in value if isinstance(value, list) else [value]:
+                if each is True:
+                    yield flag
+                elif each is not False:
+                    yield from (flag, str(each))
 
 
 def _split(name: str, text: str, kind: type) -> tuple[Any, ...]:

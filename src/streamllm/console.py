@@ -83,6 +83,10 @@ class Signals:
             signal.signal(number, handler)
 
 
+STDIN = "-"
+"""Name of the standard input among files."""
+
+
 def read_stdin(signals: Signals, idle: Callable[[], None]) -> Iterator[str]:
     """Yield the text of standard input as it comes, unless it is a terminal; ends early when a signal was received.
 

@@ -21,8 +21,8 @@ def setting(name: str) -> Any:
 
 
 def one_off(*flags: str, help: str) -> Any:
-    """A flag that is no setting, with its environment variable."""
-    return typer.Option(*flags, envvar=f"STREAMLLM_{flags[-1][2:].upper().replace('-', '_')}", help=help)
+    """A flag that is no setting; its environment variable bears its command's name (STREAMLLM_TRAIN_OUT)."""
+    return typer.Option(*flags, help=help)
 
 
 Model = Annotated[str | None, setting("model")]
@@ -44,7 +44,7 @@ ShowStats = Annotated[bool, setting("stats")]
 Json = Annotated[bool, setting("json")]
 Quiet = Annotated[bool, setting("quiet")]
 Verbose = Annotated[bool, setting("verbose")]
-Debug = Annotated[bool, one_off("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", envvar="STREAMLLM_DEBUG", help="Show the traceback of an error.")]
 
 
 def begin(ctx: typer.Context) -> None:

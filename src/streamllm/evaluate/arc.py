@@ -85,7 +85,7 @@ class Arc(Evaluation):
         fitted = SinkCache(desk.model, self.sinks, self.window, self.block)
         window, spec = fitted.config.window, fitted.spec
         assert window is not None
-        questions = read_questions(desk.files)
+        questions = read_questions(desk.files, desk.piped())
         if self.shuffle:
             random.Random(self.seed).shuffle(questions)
         questions = questions[: self.questions]

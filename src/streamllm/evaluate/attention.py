@@ -31,6 +31,10 @@ ROUNDING = 8
 """Times the precision of the weights: rows that miss one by less, in every head, miss it by rounding."""
 
 
+_TENSORS = ("mass", "nothing", "attention", "logits", "seen")
+"""Of ``LayerSums``."""
+
+
 class LayerSums:
     """Running sums of one layer's attention over sequences; their size does not depend on how many.
 
@@ -84,12 +88,21 @@ class LayerSums:
         """The sums, ready for JSON."""
         return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
 
-    def merge(self, found: dict[str, Any]) -> None:
-        """Add the sums that ``to_dict`` gave of other sequences."""
-        self.count += found["count"]
-        for name in ("mass", "nothing", "attention", "logits", "seen"):
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> LayerSums:
+        """The sums that ``to_dict`` gave."""
+        sums = cls(len(found["nothing"]), skip=found["skip"], shown=found["shown"], kept=len(found["kept"]))
+        sums.count = found["count"]
+        for name in _TENSORS:
+            getattr(sums, name)[:] = torch.tensor(found[name], dtype=torch.float64).view_as(getattr(sums, name))
+        return sums
+
+    def merge(self, other: LayerSums) -> None:
+        """Add those of other sequences."""
+        self.count += other.count
+        for name in _TENSORS:
             sums = getattr(self, name)
-            sums += torch.tensor(found[name], dtype=torch.float64).view_as(sums)
+            sums += getattr(other, name)
 
 
 def _sum(found: Tensor) -> Tensor:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamllm.config import check_count
 from streamllm.errors import ConfigError
-from streamllm.evaluate.evaluation import Evaluation, Figures, option
+from streamllm.evaluate.evaluation import TOKENS, Evaluation, Figures, option
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +65,7 @@ class AttentionMaps(Evaluation):
     length: int | None = option(None, f"Tokens of a sequence; {LENGTH}, or the trained length, if left out.")
     shown: int = option(16, "First tokens of the maps.")
     heads: int = option(8, "Heads of a layer that get maps of their own, at most.")
-    tokens: int | None = option(200_000, "Of the text at most.")
+    tokens: int | None = option(TOKENS, "Of the text at most.")
 
     name: ClassVar[str] = "attention"
     title: ClassVar[str] = "Where the attention falls: maps, and the mass on the first tokens"
@@ -112,20 +111,17 @@ class AttentionMaps(Evaluation):
                 yield torch.tensor([[*begin, *text.ids[0, start : start + own].tolist()]])
                 desk.advance(1, f"sequences of {length} tokens")
 
-        def measure(some: Sequence[int]) -> list[dict[str, Any]]:
-            found = sum_attention(desk.model, rows(some), skip=skip, shown=self.shown, kept=self.heads)
-            return [layer.to_dict() for layer in found]
-
-        sums: list[LayerSums] = []
         with desk.work(count):
-            for first in range(0, count, GROUP):
-                some = starts[first : first + GROUP]
-                found = desk.part(f"from {first}", partial(measure, some), steps=len(some))
-                sums = sums or [
-                    LayerSums(len(layer["nothing"]), skip=skip, shown=self.shown, kept=self.heads) for layer in found
-                ]
-                for layer, more in zip(sums, found, strict=True):
+            done, kept = desk.kept("sums") or (0, [])
+            sums = [LayerSums.from_dict(layer) for layer in kept]
+            desk.advance(done, "")
+            while done < count:
+                some = starts[done : done + GROUP]
+                found = sum_attention(desk.model, rows(some), skip=skip, shown=self.shown, kept=self.heads)
+                for layer, more in zip(sums, found, strict=bool(sums)):
                     layer.merge(more)
+                sums, done = sums or found, done + len(some)
+                desk.keep("sums", [done, [layer.to_dict() for layer in sums]])
         nothing = mass_on_nothing(sums, desk.model.dtype)
         return {
             "files": text.files,

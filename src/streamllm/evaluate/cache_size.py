@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamllm.config import CacheConfig, check_count
 from streamllm.errors import ConfigError
-from streamllm.evaluate.evaluation import Evaluation, Figures, option, spell_interval
+from streamllm.evaluate.evaluation import TOKENS, Evaluation, Figures, option, spell_interval
 from streamllm.evaluate.methods import cache_maker
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class CacheSize(Evaluation):
 
     sizes: tuple[int, ...] = option((), "Tokens cached; parts of the trained length if left out.")
     sinks: int = CacheConfig.sinks
-    tokens: int | None = option(200_000, "Of the text at most.")
+    tokens: int | None = option(TOKENS, "Of the text at most.")
     block: int = CacheConfig.block
     every_document: bool = option(False, "Begin every document with the begin token, not only the first.")
 

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from streamllm.atomic import write_atomically
 from streamllm.cache import SinkCache
 from streamllm.config import PREFILL_CHUNK
-from streamllm.console import Screen, Signals
+from streamllm.console import Screen, Signals, read_stdin
 from streamllm.errors import StateError
 from streamllm.evaluate.curve import Curve
 from streamllm.evaluate.memory import held_bytes
@@ -33,6 +33,9 @@ from streamllm.state import load_state, save_state
 
 SAVE_SECONDS = 30.0
 """Between two checkpoints of a long stream."""
+
+ABANDONED_SECONDS = 14 * 24 * 3600.0
+"""After which unfinished work that nobody went on with is thrown away."""
 
 
 class Interrupted(Exception):  # noqa: N818 -- nothing is wrong
@@ -78,11 +81,22 @@ class Desk:
             tokens=tokens,
             least=least,
             every_document=every_document,
+            piped=self.piped(),
             watch=lambda: self.advance(0, ""),
         )
         self.screen.settle()
         self.plan["ids"] = hashlib.sha256(text.ids).hexdigest()  # type: ignore[arg-type]
         return text
+
+    def piped(self) -> Iterator[str]:
+        """What comes through standard input, unless it is a terminal.
+
+        Raises:
+            InputError: the bytes are not UTF-8.
+            Interrupted: a signal came.
+        """
+        yield from read_stdin(self.signals, lambda: self.screen.note("waiting for standard input"))
+        self.advance(0, "")
 
     # ---- how far it is
 
@@ -112,6 +126,9 @@ class Desk:
         if self._folder is None:
             digest = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()[:12]
             self._folder = self.out / f".{self.name}-{digest}"
+            for other in self.out.glob(".*-" + "[0-9a-f]" * len(digest)):
+                if other != self._folder and time.time() - other.stat().st_mtime > ABANDONED_SECONDS:
+                    shutil.rmtree(other, ignore_errors=True)
             self._folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(OSError, ValueError):
                 self._parts = json.loads((self._folder / "parts.json").read_text(encoding="utf-8"))
@@ -122,14 +139,24 @@ class Desk:
 
         ``steps``: that ``measure`` would have counted with ``advance``.
         """
-        folder = self.folder
-        if name in self._parts:
+        found = self.kept(name)
+        if found is not None:
             self.advance(steps, name)
-            return self._parts[name]
+            return found
         found = measure()
+        self.keep(name, found)
+        return found
+
+    def kept(self, name: str) -> Any:
+        """What was kept under this name; ``None``: nothing."""
+        _ = self.folder  # which reads what was kept before
+        return self._parts.get(name)
+
+    def keep(self, name: str, found: Any) -> None:
+        """Keep something that is ready for JSON, instead of what had the name before."""
+        folder = self.folder
         self._parts[name] = found
         write_atomically(folder / "parts.json", json.dumps(self._parts).encode())
-        return found
 
     def finish(self) -> None:
         """Throw away what was kept: the results are written."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 """What figures of another version run into when this one shows them."""
 
+TOKENS = 200_000
+"""Of a text that is read several times, at most, unless somebody says otherwise: minutes for a small model."""
+
 Figures = dict[str, Any]
 """What was measured, ready for JSON."""
 

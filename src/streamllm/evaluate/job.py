@@ -36,11 +36,13 @@ class EvalJob:
     Args:
         evaluation: with its options.
         explicit: names of what stands on the command line itself; a quick trial changes only the rest.
+        settled: flags that stand elsewhere, in the environment or the settings file.
         files: of text.
     """
 
     evaluation: Evaluation
     explicit: frozenset[str]
+    settled: tuple[str, ...]
     model: str | None
     device: str
     dtype: str
@@ -73,10 +75,12 @@ class EvalJob:
             screen.settle()
 
             # 3. the measurement
+            import torch
+
             from streamllm.evaluate.desk import Desk, Interrupted
 
             dtype = str(model.dtype).removeprefix("torch.")
-            command, device = show_command(["streamllm"], sys.argv[1:]), str(model.device)
+            command, device = show_command(["streamllm"], [*sys.argv[1:], *self.settled]), str(model.device)
             record = begin_record(evaluation.name, command, base_name(name), dtype, device)
             plan = {
                 "name": evaluation.name,
@@ -98,6 +102,11 @@ class EvalJob:
                     desk.finish()
             except Interrupted:
                 return 128 + (signals.received or 0)
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    "The device has not enough memory for this evaluation: take a smaller --window or --dense-limit, "
+                    "or another --device. What was measured is kept."
+                ) from error
             except OSError as error:
                 raise StateError(
                     f"The results cannot be written to {self.out}: {error.strerror or error}. Make room, and give the "
@@ -121,7 +130,13 @@ class EvalJob:
 
         make_figure("")
         evaluation.check_files(self.files)
-        if self.out.exists() and not self.out.is_dir():
+        try:
+            is_other = self.out.exists() and not self.out.is_dir()
+        except OSError as error:  # a name that is too long, a folder that is closed
+            raise ConfigError(
+                f"The results cannot go to {self.out}: {error.strerror}; name another folder with --out."
+            ) from error
+        if is_other:
             raise ConfigError(f"{self.out} is no folder; name another one with --out.")
 
     @contextlib.contextmanager
@@ -174,7 +189,7 @@ def _files(folder: Path) -> list[Any]:
 
 def target_of(out: Path, evaluation: str, model: str, *, quick: bool = False) -> Path:
     """Where record and figures of an evaluation of a model go, without their endings; trials go beside them."""
-    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", base_name(model)).strip("-.") or "model"
+    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", base_name(model)).strip("-.")[:100] or "model"
     return out / f"{evaluation}-{slug}{'-quick' if quick else ''}"
 
 

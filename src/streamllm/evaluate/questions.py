@@ -10,23 +10,21 @@ from __future__ import annotations
 import importlib
 import importlib.resources
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamllm.checkpoint import first_line
+from streamllm.console import STDIN
 from streamllm.corpus import Source, read_file
 from streamllm.errors import ConfigError, InputError
-from streamllm.reading import decode_utf8
 
 HUB = "hub:"
 HUB_REPOSITORY = "allenai/ai2_arc"
 HUB_NAMES = ("ARC-Easy", "ARC-Challenge")
 HUB_FILE = "{}/test-00000-of-00001.parquet"
 
-STDIN = "-"
 PARQUET = ".parquet"
 
 MOST_CHARS = 1 << 26
@@ -70,8 +68,12 @@ def check_sources(names: Sequence[str]) -> None:
             raise InputError(f"There is no file {name} with questions; check its name.")
 
 
-def read_questions(names: Sequence[str]) -> list[Question]:
+def read_questions(names: Sequence[str], piped: Iterable[str] = ()) -> list[Question]:
     """All questions of files and tests; those that come with streamllm if none is named.
+
+    Args:
+        names: of files, ``hub:ARC-Easy`` and the like, or ``-``.
+        piped: the text of ``-``.
 
     Raises:
         ConfigError, InputError: one cannot be read, or is not what the module describes.
@@ -80,7 +82,7 @@ def read_questions(names: Sequence[str]) -> list[Question]:
     found = []
     for name in names:
         where = shown(name)
-        raw = list(_raw(name))
+        raw = list(_raw(name, piped))
         if not raw:
             raise InputError(f"There is no question in {where}; give another file.")
         found += [_question(each, f"Question {number} of {where}") for number, each in enumerate(raw, 1)]
@@ -92,7 +94,7 @@ def shown(name: str) -> str:
     return "stdin" if name == STDIN else Path(name).name
 
 
-def _raw(name: str) -> Iterator[Any]:
+def _raw(name: str, piped: Iterable[str]) -> Iterator[Any]:
     """The objects of a file or test."""
     if name.startswith(HUB) or name.endswith(PARQUET):
         file = _fetch(name.removeprefix(HUB)) if name.startswith(HUB) else str(Path(name).expanduser())
@@ -102,7 +104,7 @@ def _raw(name: str) -> Iterator[Any]:
             raise InputError(f"{file} cannot be read as parquet: {first_line(error)}; fetch it again.") from error
         yield from rows
         return
-    text = _text(name)
+    text = _text(name, piped)
     if text.startswith("["):
         yield from _load(text, shown(name))
         return
@@ -130,12 +132,10 @@ class _Plain(Source):
         return ".txt"
 
 
-def _text(name: str) -> str:
+def _text(name: str, piped: Iterable[str]) -> str:
     """The text of a file."""
-    if name == STDIN:
-        pieces = decode_utf8(iter(lambda: sys.stdin.buffer.read(1 << 16), b""))
-    else:
-        pieces = (piece.text for piece in read_file(_Plain(Path(name).expanduser())))
+    file = _Plain(Path(name).expanduser())
+    pieces = piped if name == STDIN else (piece.text for piece in read_file(file))
     parts, length = [], 0
     for piece in pieces:
         parts.append(piece)
@@ -160,10 +160,10 @@ def _question(found: Any, where: str) -> Question:
             f'{where} is not in the format of ARC ({type(error).__name__}: {first_line(error)}): it needs "question", '
             '"choices" with as many of "text" as of "label", and "answerKey", all of them text.'
         ) from error
-    if len(labels) < 2 or len(set(labels)) < len(labels) or question.answer not in labels:
+    if len(labels) < 2 or len(set(labels)) < len(labels) or question.answer not in labels or not all(labels):
         raise InputError(
             f"{where} cannot be answered: its choices are {labels}, its answer is {question.answer!r}; it must be one "
-            "of two or more."
+            "of two or more, none of them empty."
         )
     return question
 

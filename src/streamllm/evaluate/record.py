@@ -87,7 +87,7 @@ def load_record(path: Path) -> Record:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"The record {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no record: it is not JSON.") from error
     known = [field.name for field in fields(Record)]
     if not isinstance(found, dict) or not set(known) - {"format"} <= found.keys():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamllm.config import CacheConfig, check_count
 from streamllm.errors import ConfigError
-from streamllm.evaluate.evaluation import Evaluation, Figures, option, spell_interval
+from streamllm.evaluate.evaluation import TOKENS, Evaluation, Figures, option, spell_interval
 from streamllm.evaluate.methods import cache_maker
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Sinks(Evaluation):
 
     kept: tuple[int, ...] = option((0, 1, 2, 4, 8), "Numbers of initial tokens.")
     size: int | None = option(None, "Tokens cached, initial ones included.")
-    tokens: int | None = option(200_000, "Of the text at most.")
+    tokens: int | None = option(TOKENS, "Of the text at most.")
     block: int = CacheConfig.block
     every_document: bool = option(False, "Begin every document with the begin token, not only the first.")
 

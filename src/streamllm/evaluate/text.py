@@ -8,7 +8,6 @@ is there anywhere, but figures that mean something need real text.
 from __future__ import annotations
 
 import importlib.resources
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamllm.console import STDIN
 from streamllm.corpus import Source, read_documents
 from streamllm.errors import ConfigError, InputError
-from streamllm.reading import decode_utf8, read_ids
+from streamllm.reading import read_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-STDIN = "-"
-"""Name of the standard input among the files."""
-
-PIECE_BYTES = 1 << 16
 
 PARTING = "\n\n"
 """Between documents, where the tokenizer has no end token."""
@@ -71,6 +66,7 @@ def encode_text(
     tokens: int | None = None,
     least: int = 2,
     every_document: bool = False,
+    piped: Iterable[str] = (),
     watch: Callable[[], None] = lambda: None,
 ) -> Text:
     """The first ``tokens`` ids of the files.
@@ -82,6 +78,7 @@ def encode_text(
         tokens: at most; ``None``: all.
         least: tokens that the evaluation needs.
         every_document: every document gets the tokens that the tokenizer puts in front of a text, not only the first.
+        piped: the text of ``-``, one document.
         watch: is called now and then, and may raise.
 
     Raises:
@@ -90,7 +87,7 @@ def encode_text(
     """
     count = 0
     with tempfile.TemporaryFile(dir=folder) as spool:
-        for ids in _ids(tokenizer, files, every_document=every_document):
+        for ids in _ids(tokenizer, files, piped, every_document=every_document):
             watch()
             part = ids if tokens is None else ids[: tokens - count]
             spool.write(np.asarray(part, np.uint32).tobytes())
@@ -110,23 +107,23 @@ def encode_text(
     return Text(mapped, [Path(name).name if name != STDIN else "stdin" for name in files] or ["packaged"])
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, files: Sequence[str], *, every_document: bool) -> Iterator[list[int]]:
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, files: Sequence[str], piped: Iterable[str], *, every_document: bool
+) -> Iterator[list[int]]:
     """The ids of all documents."""
     parting = tokenizer.eos_token if isinstance(tokenizer.eos_token, str) else PARTING
     if not every_document:
-        yield from read_ids(tokenizer, (text for document in _documents(files) for text in (*document, parting)))
+        yield from read_ids(tokenizer, (text for document in _documents(files, piped) for text in (*document, parting)))
         return
-    for document in _documents(files):
+    for document in _documents(files, piped):
         yield from read_ids(tokenizer, document)
 
 
-def _documents(files: Sequence[str]) -> Iterator[Iterable[str]]:
+def _documents(files: Sequence[str], piped: Iterable[str]) -> Iterator[Iterable[str]]:
     """The documents, each in pieces; a document must be read before the next one."""
     for name in files or [str(packaged_text())]:
         if name == STDIN:
-            if sys.stdin is None:
-                raise InputError("There is no standard input to read; name a file.")
-            yield decode_utf8(iter(lambda: sys.stdin.buffer.read(PIECE_BYTES), b""))
+            yield piped
             continue
         pieces = read_documents([Source.parse(name)])
         for first in pieces:
