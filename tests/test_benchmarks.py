@@ -130,6 +130,18 @@ def test_endless_compares_at_100_000_however_long_it_goes_on(script: Any) -> Non
         make_setting(3_999, 1, is_quick=False)
 
 
+def test_blocks_are_read_as_single_tokens_are(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reference: the losses token by token, which the benchmark compares with."""
+    figures = run(script("blocks"), tmp_path, capsys)["figures"]["runs"]
+    assert len(figures) == 6
+    for found in figures.values():
+        assert found["tokens"] == 600 > found["window"]
+        assert 0 < found["largest_difference"] < 1e-4
+        assert found["ratio"]["min"] <= found["ratio"]["median"] <= found["ratio"]["max"]
+
+
 def test_startup_times_help_and_the_first_token(
     script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
