@@ -14,7 +14,7 @@ RUNS ?= runs
 EMBEDDED := --size small --layers 7 --heads 2 --kv-heads 1 --vocabulary 8192 --batch-tokens 8192 --tokens 24000000 \
 	--measures 12 --save-dtype bfloat16
 
-.PHONY: demo test check slow bench docs candidates embedded twins million results clean
+.PHONY: demo test check slow bench docs candidates embedded twins million evaluations results clean
 
 demo: $(READY)  ## set up, and let the embedded model tell stories beyond its trained length
 	$(BIN)/streamllm run --endless --max-tokens 1500 --seed 7 --stats "Once upon a time"
@@ -35,6 +35,7 @@ bench: $(READY)  ## speed and memory; writes docs/results/
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/endless.py --threads 1
 	$(BIN)/python benchmarks/pipe.py --threads 1
+	$(BIN)/python benchmarks/blocks.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/training.py
 
@@ -56,8 +57,34 @@ twins: $(READY)  ## the paper's table 3 at small scale, and when sinks appear; w
 	mkdir -p $(RUNS)/twins
 	$(BIN)/python recipes/twins.py --data $(wildcard $(DATA)/books/train-*.jsonl.xz) --heldout $(BOOKS_HELD_OUT) --work $(RUNS)/twins
 
-results: $(READY)  ## write the page of all results anew
+$(RUNS)/unread.jsonl.xz: $(READY)
+	mkdir -p $(RUNS)
+	$(BIN)/python recipes/plain_books.py --stories $(STORIES) --books $(wildcard $(DATA)/books/train-*.jsonl.xz) --after 60e6 --chars 24e6 --out $@
+
+EVAL = OMP_NUM_THREADS=1 $(BIN)/streamllm eval
+EVAL_OUT := docs/results/eval
+EVAL_TEXT := --data $(STORIES_HELD_OUT) $(BOOKS_HELD_OUT)
+
+evaluations: $(RUNS)/unread.jsonl.xz $(RUNS)/streameval/model/config.json  ## all of docs/results/eval, in about three hours
+	for model in "" "-m tests/models/stories260K"; do \
+		$(EVAL) perplexity $$model --tokens 200001 $(EVAL_TEXT) --out $(EVAL_OUT) && \
+		$(EVAL) perplexity $$model --methods window,streaming --tokens 20001 --block 1 --step 1 $(EVAL_TEXT) \
+			--out $(EVAL_OUT)/token-by-token && \
+		$(EVAL) sinks $$model $(EVAL_TEXT) --out $(EVAL_OUT) && \
+		$(EVAL) cache-size $$model $(EVAL_TEXT) --out $(EVAL_OUT) && \
+		$(EVAL) arc $$model --data $(DATA)/eval/arc_easy_test.json --out $(EVAL_OUT) && \
+		$(EVAL) attention $$model $(EVAL_TEXT) --out $(EVAL_OUT) && \
+		$(EVAL) drift $$model --tokens 1000000 $(EVAL_TEXT) --out $(EVAL_OUT) || exit 1; \
+	done
+	$(EVAL) streameval -m $(RUNS)/streameval/model $(STREAMEVAL) --out $(EVAL_OUT)
+	$(EVAL) perplexity --methods dense,window,streaming --tokens 4000001 $(EVAL_TEXT) $< --out $(EVAL_OUT)/4M
 	$(BIN)/python recipes/results.py
+
+$(RUNS)/streameval/model/config.json: $(READY)
+	$(BIN)/python recipes/streameval.py --work $(RUNS)/streameval
+
+results: $(READY)  ## write the page of all results anew
+	$(BIN)/python recipes/results.py --figures
 
 million: $(READY)  ## a million tokens through the embedded model; writes docs/results/
 	$(BIN)/python recipes/million.py --text $(STORIES_HELD_OUT) $(BOOKS_HELD_OUT)

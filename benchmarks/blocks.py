@@ -1,7 +1,7 @@
 """Reading by blocks against reading token by token: the losses of one stream, with the same evictions.
 
-The same text goes through two caches of the same sizes; one is fed a token at a time, as the paper's reference does, the
-other as many as fit up to the next eviction. They take turns piece by piece, and the ratio is the median over pieces.
+The same text goes through two caches of the same sizes; one is fed a token at a time, as the paper's reference does,
+the other in long steps over evictions. They take turns piece by piece, and the ratio is the median over pieces.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def compare(model: Any, ids: torch.Tensor, block: int, piece: int) -> dict[str, 
     difference = 0.0
     for first in range(0, ids.shape[1] - 1, piece):
         part, losses = ids[:, first : first + piece + 1], {}
-        for step, cache in caches.items():
+        turn = list(caches.items())
+        for step, cache in turn if first % (2 * piece) else reversed(turn):
             began = time.perf_counter()
             losses[step] = read_losses(model, part, cache, step=step)
             seconds[step].append(time.perf_counter() - began)
@@ -77,14 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             times = found["ms_per_token"]
             print(
                 f"{name}, window {found['window']}, block {block}: {times['1']:.3f} ms a token one by one, "
-                f"{times[str(PREFILL_CHUNK)]:.3f} by blocks, {found['ratio']['median']:.1f} times as fast; losses differ "
-                f"by {found['largest_difference']:.1e} at most",
+                f"{times[str(PREFILL_CHUNK)]:.3f} by blocks, {found['ratio']['median']:.1f} times as fast; losses "
+                f"differ by {found['largest_difference']:.1e} at most",
                 flush=True,
             )
     runs = record.figures["runs"]
-    best = max(runs, key=lambda name: runs[name]["ratio"]["median"])
     targets = [
-        Target(f"by blocks, {best}", runs[best]["ratio"]["median"], 20, at_least=True),
+        *(Target(f"by blocks, {name}", found["ratio"]["median"], 20, at_least=True) for name, found in runs.items()),
         Target("largest difference", max(found["largest_difference"] for found in runs.values()), 1e-4, unit="nats"),
     ]
     record.figures["targets"] = [target.to_dict() for target in targets]

@@ -2,7 +2,8 @@
 
     python recipes/results.py
 
-Rewrites docs/results/README.md from the line ``MARK`` on, from the records in docs/results/ and docs/results/eval/.
+Rewrites docs/results/README.md from the line ``MARK`` on, from the records in docs/results/ and docs/results/eval/;
+with ``--figures`` the figures of the evaluations, too, which show nothing but their records.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from streamllm.atomic import write_atomically
 from streamllm.evaluate.catalogue import EVALUATIONS
+from streamllm.evaluate.figure import save_figure
 from streamllm.evaluate.record import Record, load_record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -26,21 +28,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records and the page")
+    parser.add_argument("--figures", action="store_true", help="draw the figures anew, too")
     options = parser.parse_args(argv)
+    for path, record in evaluated(options.results) if options.figures else ():
+        save_figure(EVALUATIONS[record.name].draw(record.figures), path.with_suffix(""))
     page = options.results / "README.md"
     by_hand = page.read_text(encoding="utf-8").partition(MARK)[0]
     write_atomically(page, (by_hand + MARK + "\n" + "\n".join(sections(options.results)) + "\n").encode())
 
 
+def evaluated(folder: Path) -> list[tuple[Path, Record]]:
+    """The records of evaluations; those in folders of their own come last."""
+    paths = sorted((folder / "eval").rglob("*.json"), key=lambda path: (len(path.parts), path))
+    return [(path, load_record(path)) for path in paths]
+
+
 def sections(folder: Path) -> Iterator[str]:
     """The lines of the page below the mark."""
-    records = [(path, load_record(path)) for path in sorted((folder / "eval").glob("*.json"))]
+    records = evaluated(folder)
     for name, kind in EVALUATIONS.items():
         for path, record in records:
             if record.name == name:
-                yield from ("", f"## {kind.title.rstrip('.')}: {record.model}", "", kind.verdict(record.figures), "")
+                place = path.parent.relative_to(folder / "eval").as_posix()
+                title = f"{kind.title.rstrip('.')}: {record.model}{f' ({place})' if place != '.' else ''}"
+                yield from ("", f"## {title}", "", kind.verdict(record.figures), "")
                 yield from as_markdown(kind.rows(record.figures))
-                yield from ("", f"![{kind.title}](eval/{path.stem}.png)", "")
+                yield from ("", f"![{kind.title}]({path.relative_to(folder).with_suffix('.png').as_posix()})", "")
                 yield from described(record, path.relative_to(folder))
     yield from ("", "## Benchmarks and recipes", "")
     rows = [("record", "model", "command")]
@@ -55,7 +68,8 @@ def described(record: Record, path: Path) -> Iterator[str]:
     machine = record.machine
     yield from ("```console", f"$ {record.command}", "```", "")
     yield (
-        f"[{path.name}]({path.as_posix()}): {record.began[:10]}, {record.dtype}, {machine['cpu']}, "
+        f"[{path.name}]({path.as_posix()}): {record.began[:10]}, {record.dtype}, "
+        f"{machine['device'] + ', ' if 'device' in machine else ''}{machine['cpu']}, "
         f"{machine['cores']} cores, "
         f"{machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}, commit "
         f"{record.commit}."

@@ -130,9 +130,7 @@ def test_endless_compares_at_100_000_however_long_it_goes_on(script: Any) -> Non
         make_setting(3_999, 1, is_quick=False)
 
 
-def test_blocks_are_read_as_single_tokens_are(
-    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_blocks_are_read_as_single_tokens_are(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Reference: the losses token by token, which the benchmark compares with."""
     figures = run(script("blocks"), tmp_path, capsys)["figures"]["runs"]
     assert len(figures) == 6

@@ -16,7 +16,7 @@ def fill(losses: np.ndarray, tokens: int | None = None, *, parts: int = 7) -> Cu
     """A curve that was given ``losses`` in uneven parts."""
     curve = Curve(tokens or len(losses))
     for part in np.array_split(losses, parts):
-        curve.add(part, part < 1, seconds=len(part) * 0.001, cache_bytes=5, memory=9)
+        curve.add(part, seconds=len(part) * 0.001, cache_bytes=5, memory=9)
     return curve
 
 
@@ -27,7 +27,6 @@ def test_a_curve_is_the_same_however_its_losses_come(parts: int) -> None:
     curve = fill(losses, parts=parts)
     slices = [losses[i : i + SHORTEST] for i in range(0, 1234, SHORTEST)]
     np.testing.assert_allclose(curve.means, [part.mean() for part in slices])
-    assert curve.hits == [int((part < 1).sum()) for part in slices]
     assert curve.counts.tolist() == [*[SHORTEST] * 12, 34]
     assert curve.places == [*range(100, 1201, 100), 1234]
     np.testing.assert_allclose(curve.running[-1], losses.mean())
@@ -41,7 +40,7 @@ def test_a_curve_does_not_grow_with_the_stream() -> None:
     for tokens in (40_000, 1_000_000):
         curve = Curve(tokens)
         for _ in range(tokens // 1000):
-            curve.add(np.ones(1000), np.ones(1000, bool))
+            curve.add(np.ones(1000))
         assert len(curve.losses) == STRETCHES
         assert curve.done == tokens
 
@@ -51,20 +50,29 @@ def test_a_curve_comes_back_from_json() -> None:
     losses = np.random.default_rng(2).gamma(2, 1, 500)
     whole, begun = fill(losses), fill(losses[:230], 500)
     again = Curve.from_dict(json.loads(json.dumps(begun.to_dict())))
-    again.add(losses[230:], losses[230:] < 1)
+    again.add(losses[230:])
     np.testing.assert_allclose(again.losses, whole.losses)
-    assert (again.hits, again.done) == (whole.hits, whole.done)
+    assert (again.stretch, again.done) == (whole.stretch, whole.done)
 
 
 def test_curves_are_compared_on_the_tokens_that_both_have() -> None:
     """Reference: the means over those tokens; the longer curve goes up where the shorter one has ended."""
     base = np.random.default_rng(3).gamma(2, 1, 1000)
     long, short = fill(np.concatenate([base, base + 9]), 2000), fill(base[:730] + math.log(2), 2000)
-    value, low, high = short.ratio(long)
-    assert (value, low, high) == pytest.approx((2, 2, 2))
+    assert short.ratio(long)[0] == pytest.approx(2)
+    assert short.ratio(long)[1:] == [None, None]  # of seven stretches
     assert long.ratio(short)[0] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="no tokens in common"):
         Curve(80_000).ratio(Curve(40_000))
+
+
+def test_the_end_of_a_curve_is_a_curve() -> None:
+    """Reference: the means over those tokens; the last stretch is shorter."""
+    losses = np.random.default_rng(6).gamma(2, 1, 1950)
+    tail = fill(losses).tail(9)
+    assert (tail.done, len(tail.losses)) == (850, 9)
+    assert tail.perplexity == pytest.approx(math.exp(losses[1100:].mean()))
+    assert tail.ratio(fill(losses[1100:] + math.log(2))) == pytest.approx([0.5, 0.5, 0.5])
 
 
 def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
@@ -73,7 +81,7 @@ def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
     held = 0
     for _ in range(300):
         curve = Curve(4000)
-        curve.add(draw.exponential(1.0, 4000), np.zeros(4000, bool))
+        curve.add(draw.exponential(1.0, 4000))
         _, low, high = curve.interval()
         held += low < math.e < high
     assert 0.90 < held / 300 < 0.99
@@ -92,7 +100,7 @@ def test_an_interval_is_honest_about_passages_that_are_alike() -> None:
         for i in range(1, 400):
             level[i] = 0.8 * level[i - 1] + draw.normal(0, 0.6)
         curve = Curve(40_000)
-        curve.add(np.repeat(level, 100) + 5, np.zeros(40_000, bool))
+        curve.add(np.repeat(level, 100) + 5)
         _, low, high = curve.interval()
         held += low < math.exp(5) < high
     assert held / 300 > 0.85

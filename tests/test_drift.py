@@ -426,9 +426,15 @@ def test_the_verdict_says_what_the_figures_say(figures: dict[str, Any]) -> None:
     del short["dtypes"]["float32"]["checkpoints"][1:]
     assert "too few tokens to tell whether anything drifts" in Drift.verdict(short)
     worse = json_able(found)
-    worse["dtypes"]["float32"]["checkpoints"][-1]["keys"]["mean"] *= 2
-    assert "keys drift in float32" in Drift.verdict(worse)
+    last = worse["dtypes"]["float32"]["checkpoints"][-1]
+    for part, value in (("keys", "mean"), ("pinned", "mean"), ("logits", "max")):
+        known = last[part][value]
+        last[part][value] = known * 2 if part != "logits" else 6 * last[part]["floor"]
+        words = {"keys": "keys", "pinned": "pinned keys", "logits": "logits"}[part]
+        assert f"there is drift: {words} in float32." in Drift.verdict(worse)
+        last[part][value] = known
     worse["dtypes"]["float32"]["checkpoints"][0]["intact"] = False
+    assert "nothing drifts" not in Drift.verdict(worse)
     assert "the cache is broken" in Drift.verdict(worse)
 
 

@@ -253,10 +253,11 @@ def doctor(
         answer = Answer()
         screen.spin("examining")
         from streamllm.doctor import examine
+        from streamllm.models import locate
 
         report = examine(model, config=config, device=device, dtype=dtype)
         screen.settle()
-        measured = verdict_of(EVALUATIONS["sinks"], results, report.model) if report.is_fit else None
+        measured = verdict_of(EVALUATIONS["sinks"], results, locate(model)) if report.is_fit else None
         if json:
             answer.write(jsonlib.dumps({**report.to_dict(), "sinks_measured": measured}, indent=2) + "\n")
         else:

@@ -27,7 +27,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The paper's
 Files = Annotated[list[str] | None, typer.Argument(metavar="FILES", help="More files, as with --data.")]
 Data = Annotated[
     list[str] | None,
-    one_off("--data", help="Text: .txt or .jsonl, also .xz .gz .bz2 .zst; - is stdin. For arc: questions."),
+    one_off(
+        "--data", help="Text: .txt or .jsonl, also .xz .gz .bz2 .zst; - is stdin. For arc: questions, or hub:ARC-Easy."
+    ),
 ]
 Out = Annotated[Path, one_off("--out", help="Folder of records and figures.")]
 Quick = Annotated[bool, one_off("--quick", help="A trial that takes seconds and proves nothing.")]

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamllm.config import CacheConfig, check_count
+from streamllm.errors import InputError
 from streamllm.evaluate.evaluation import Evaluation, Figures, option, spell_interval
 from streamllm.evaluate.methods import cache_maker, check_methods, dense_tokens
 from streamllm.evaluate.questions import check_sources, read_questions, shown
@@ -92,6 +93,11 @@ class Arc(Evaluation):
         quiz = Quiz(desk.tokenizer, questions)
         desk.plan["ids"] = hashlib.sha256(quiz.ids.tobytes()).hexdigest()
         total = quiz.ids.shape[1]
+        if total <= fitted.capacity:
+            raise InputError(
+                f"The questions have {total:,} tokens, the cache holds {fitted.capacity:,}: nothing would leave it; "
+                "give more questions, or a smaller --window."
+            )
         dense = min(total, dense_tokens(desk.model, spec, self.dense_limit))
         tokens: dict[str, int] = dict.fromkeys(self.methods, total) | {"dense": dense, ALONE: quiz.alone_tokens + 1}
         found = {}
@@ -149,7 +155,7 @@ class Arc(Evaluation):
             for other in methods
             if "streaming" in methods and other != "streaming"
         )
-        if all(found["accuracy"][1] <= chance["accuracy"] for found in read.values()):
+        if read and all(found["accuracy"][1] <= chance["accuracy"] for found in read.values()):
             losses = [f"{name} {found['loss'][0]:.2f}" for name, found in read.items()]
             words += (
                 f" No method is surely better than a guess, so this model does not know the answers; look at the loss "

@@ -27,11 +27,14 @@ from streamllm.zero_sink import ZERO_SINK, ZERO_SINK_EAGER
 FIRST = (1, 2, 4)
 """Numbers of first tokens whose mass is taken."""
 
+FEWEST = 8
+"""Sequences without which there is no interval."""
+
 ROUNDING = 8
 """Times the precision of the weights: rows that miss one by less, in every head, miss it by rounding."""
 
 
-_TENSORS = ("mass", "nothing", "attention", "logits", "seen")
+_TENSORS = ("mass", "squares", "nothing", "attention", "logits", "seen")
 """Of ``LayerSums``."""
 
 
@@ -48,6 +51,7 @@ class LayerSums:
         kept: the heads.
         count: sequences so far.
         mass: [H, 3] on the first ``FIRST`` tokens, sum over sequences of the mean over queries.
+        squares: [3] likewise of the square of the mean over heads, from which intervals come.
         nothing: [H] what is missing to one, likewise.
         attention: [1 + K, S, S] sums of weights; the first map is the mean over all heads.
         logits, seen: [1 + K, S, S] sums of centred logits, and how many there were.
@@ -58,6 +62,7 @@ class LayerSums:
         self.kept = [round(i * (heads - 1) / max(1, kept - 1)) for i in range(kept)]
         self.skip, self.shown, self.count = skip, shown, 0
         self.mass = torch.zeros(heads, len(FIRST), dtype=torch.float64)
+        self.squares = torch.zeros(len(FIRST), dtype=torch.float64)
         self.nothing = torch.zeros(heads, dtype=torch.float64)
         maps = (1 + len(self.kept), shown, shown)
         self.attention, self.logits, self.seen = (torch.zeros(maps, dtype=torch.float64) for _ in range(3))
@@ -65,7 +70,9 @@ class LayerSums:
     def add(self, weights: Tensor) -> None:
         """Take in weights [B, H, T, T] of whole sequences."""
         late = weights[:, :, self.skip :].float()  # [B, H, T - skip, T]
-        self.mass += _sum(torch.stack([late[..., :n].sum(-1).mean(2) for n in FIRST], dim=-1))
+        mass = torch.stack([late[..., :n].sum(-1).mean(2) for n in FIRST], dim=-1)  # [B, H, 3]
+        self.mass += _sum(mass)
+        self.squares += _sum(mass.mean(1) ** 2)
         self.nothing += _sum((1 - late.sum(-1)).mean(2))
         self.count += len(weights)
         if not self.shown:
@@ -83,6 +90,14 @@ class LayerSums:
     def _maps(self, found: Tensor) -> Tensor:
         """[B, 1 + K, S, S]: the sum over all heads, and the heads that are kept."""
         return torch.cat([found.sum(1, keepdim=True), found[:, self.kept]], dim=1)
+
+    def interval(self, index: int) -> list[float | None]:
+        """Mean mass of all heads on the first ``FIRST[index]`` tokens, and its interval over sequences."""
+        mean = float(self.mass[:, index].mean()) / self.count
+        if self.count < FEWEST:
+            return [mean, None, None]
+        spread = max(0.0, float(self.squares[index]) / self.count - mean**2) / (self.count - 1)
+        return [mean, mean - 1.96 * spread**0.5, mean + 1.96 * spread**0.5]
 
     def to_dict(self) -> dict[str, Any]:
         """The sums, ready for JSON."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamllm.config import check_count
 from streamllm.errors import ConfigError
-from streamllm.evaluate.evaluation import TOKENS, Evaluation, Figures, option
+from streamllm.evaluate.evaluation import TOKENS, Evaluation, Figures, option, spell_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,6 +134,7 @@ class AttentionMaps(Evaluation):
                 str(n): [_rounded(layer.mass[:, index] / layer.count) for layer in sums]
                 for index, n in enumerate(FIRST)
             },
+            "layers": {str(n): [layer.interval(index) for layer in sums] for index, n in enumerate(FIRST)},
             "nothing": [_rounded(each) for each in nothing] if any(bool(each.any()) for each in nothing) else None,
             "heads": [layer.kept for layer in sums],
             "attention": [[_triangle(m / layer.count) for m in layer.attention] for layer in sums],
@@ -157,12 +158,13 @@ class AttentionMaps(Evaluation):
     @staticmethod
     def rows(figures: Figures) -> Sequence[tuple[str, ...]]:
         """A line a layer."""
-        first, four, nothing = figures["mass"]["1"], figures["mass"]["4"], figures["nothing"]
+        first, nothing = figures["mass"]["1"], figures["nothing"]
+        one, four = figures["layers"]["1"], figures["layers"]["4"]
         head = ("layer", "on the first token", "on the first 4", "strongest head, on the first")
         rows: list[tuple[str, ...]] = [(*head, "on nothing") if nothing else head]
         for layer, heads in enumerate(first):
             best = max(range(len(heads)), key=heads.__getitem__)
-            line = (str(layer), f"{_mean(heads):.3f}", f"{_mean(four[layer]):.3f}", f"{best}: {heads[best]:.3f}")
+            line = (str(layer), spell_interval(one[layer]), spell_interval(four[layer]), f"{best}: {heads[best]:.3f}")
             rows.append((*line, f"{_mean(nothing[layer]):.3f}") if nothing else line)
         return rows
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamllm.config import CacheConfig, check_count
 from streamllm.errors import ConfigError
-from streamllm.evaluate.evaluation import TOKENS, Evaluation, Figures, option, spell_interval
+from streamllm.evaluate.evaluation import TOKENS, Evaluation, Figures, bounds, option, spell_interval, whiskers
 from streamllm.evaluate.methods import cache_maker
 
 if TYPE_CHECKING:
@@ -116,9 +116,9 @@ class CacheSize(Evaluation):
             return f"{words}; no other size was tried."
         ratios = {size: figures["ratio"][str(size)] for size in smaller}
         best = min(ratios, key=lambda size: ratios[size][0])
-        if ratios[best][2] < 1:
+        if bounds(ratios[best])[1] < 1:
             return f"{words}; larger is not better: {best} tokens have {spell_interval(ratios[best], 4)} times that."
-        alike = [str(size) for size in smaller if ratios[size][1] <= 1]
+        alike = [str(size) for size in smaller if bounds(ratios[size])[0] <= 1]
         if alike:
             return f"{words}; {', '.join(alike)} cannot be told from it on this text."
         return f"{words}, the lowest: the next best, {best} tokens, has {spell_interval(ratios[best], 4)} times that."
@@ -131,8 +131,7 @@ class CacheSize(Evaluation):
         figure, (axes,) = make_figure(f"{figures['sinks']} sinks + window")
         sizes = figures["sizes"]
         values = [figures["perplexity"][str(size)] for size in sizes]
-        errors = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
-        axes.errorbar(sizes, [v[0] for v in values], yerr=errors, marker="o", capsize=3, color=COLORS["streaming"])
+        axes.errorbar(sizes, [v[0] for v in values], whiskers(values), marker="o", capsize=3, color=COLORS["streaming"])
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.set(xlabel="tokens cached", ylabel="perplexity (interval over texts)")

@@ -20,6 +20,9 @@ STRETCHES = 400
 SHORTEST = 100
 """Tokens of a stretch, at least."""
 
+FEWEST = 8
+"""Stretches without which there is no interval: too few to say how different they are."""
+
 DRAWS = 4000
 """Of a bootstrap."""
 
@@ -34,7 +37,6 @@ class Curve:
         stretch: tokens of one.
         done: tokens added so far.
         losses: sums in nats, one a stretch.
-        hits: tokens that were the most likely ones.
         seconds: of reading.
         cache_bytes, memory_bytes: of the cache, and of all that runs, at the end of each stretch.
         forwards: that read them.
@@ -44,30 +46,25 @@ class Curve:
         self.stretch = max(SHORTEST, math.ceil(tokens / STRETCHES))
         self.done = 0
         self.losses: list[float] = []
-        self.hits: list[int] = []
         self.seconds: list[float] = []
         self.cache_bytes: list[int] = []
         self.memory_bytes: list[int] = []
         self.forwards = 0
 
-    def add(
-        self, losses: NDArray[Any], hits: NDArray[Any], *, seconds: float = 0.0, cache_bytes: int = 0, memory: int = 0
-    ) -> None:
-        """Take in the losses and hits [n] of the next forward, and what it took."""
+    def add(self, losses: NDArray[Any], *, seconds: float = 0.0, cache_bytes: int = 0, memory: int = 0) -> None:
+        """Take in the losses [n] of the next forward, and what it took."""
         self.forwards += 1
         begin = 0
         while begin < len(losses):
             number, inside = divmod(self.done, self.stretch)
             if number == len(self.losses):
                 self.losses.append(0.0)
-                self.hits.append(0)
                 self.seconds.append(0.0)
                 self.cache_bytes.append(0)
                 self.memory_bytes.append(0)
             width = min(self.stretch - inside, len(losses) - begin)
             part = slice(begin, begin + width)
             self.losses[number] += float(losses[part].sum(dtype=np.float64))
-            self.hits[number] += int(hits[part].sum())
             self.seconds[number] += seconds * width / len(losses)
             self.cache_bytes[number], self.memory_bytes[number] = cache_bytes, memory
             self.done += width
@@ -103,11 +100,19 @@ class Curve:
         """Exponential of the mean loss over all tokens."""
         return math.exp(sum(self.losses) / self.done)
 
-    def interval(self) -> list[float]:
-        """The perplexity and its confidence interval, over other stretches of such text."""
+    def tail(self, stretches: int) -> Curve:
+        """The last ``stretches``, as a curve of its own."""
+        found = Curve(0)
+        found.stretch, found.done = self.stretch, int(self.counts[-stretches:].sum())
+        for name in ("losses", "seconds", "cache_bytes", "memory_bytes"):
+            setattr(found, name, getattr(self, name)[-stretches:])
+        return found
+
+    def interval(self) -> list[float | None]:
+        """The perplexity and its confidence interval, over other stretches of such text; ``None``: too few of them."""
         return [self.perplexity, *_bootstrap(self.means, self.counts)]
 
-    def ratio(self, other: Curve) -> list[float]:
+    def ratio(self, other: Curve) -> list[float | None]:
         """Perplexity as a share of ``other``'s on the same tokens, and its confidence interval.
 
         Where one curve is shorter, the tokens that both have are compared.
@@ -133,9 +138,11 @@ class Curve:
         return curve
 
 
-def _bootstrap(means: NDArray[Any], weights: NDArray[Any]) -> list[float]:
+def _bootstrap(means: NDArray[Any], weights: NDArray[Any]) -> list[float | None]:
     """Interval of the exponential of the weighted mean, by drawing runs of stretches, the root of their number long."""
     count = len(means)
+    if count < FEWEST:
+        return [None, None]
     run = math.ceil(math.sqrt(count))
     begins = np.random.default_rng(0).integers(0, count, (DRAWS, math.ceil(count / run)))
     draws = ((begins[:, :, None] + np.arange(run)) % count).reshape(DRAWS, -1)[:, :count]

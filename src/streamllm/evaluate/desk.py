@@ -37,6 +37,12 @@ SAVE_SECONDS = 30.0
 ABANDONED_SECONDS = 14 * 24 * 3600.0
 """After which unfinished work that nobody went on with is thrown away."""
 
+MARK = "unfinished"
+"""A file that lies in every folder of unfinished work, and nowhere else."""
+
+WAITS = "waiting for standard input, which was named with --data -"
+"""What is said when a pipe is open and nothing comes through it."""
+
 
 class Interrupted(Exception):  # noqa: N818 -- nothing is wrong
     """A signal came; what was measured so far is kept."""
@@ -95,7 +101,7 @@ class Desk:
             InputError: the bytes are not UTF-8.
             Interrupted: a signal came.
         """
-        yield from read_stdin(self.signals, lambda: self.screen.note("waiting for standard input"))
+        yield from read_stdin(self.signals, lambda: None if self.screen.is_quiet else self.screen.line(WAITS))
         self.advance(0, "")
 
     # ---- how far it is
@@ -126,10 +132,11 @@ class Desk:
         if self._folder is None:
             digest = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()[:12]
             self._folder = self.out / f".{self.name}-{digest}"
-            for other in self.out.glob(".*-" + "[0-9a-f]" * len(digest)):
-                if other != self._folder and time.time() - other.stat().st_mtime > ABANDONED_SECONDS:
-                    shutil.rmtree(other, ignore_errors=True)
+            for mark in self.out.glob(f".{self.name}-{'[0-9a-f]' * len(digest)}/{MARK}"):
+                if mark.parent != self._folder and time.time() - mark.parent.stat().st_mtime > ABANDONED_SECONDS:
+                    shutil.rmtree(mark.parent, ignore_errors=True)
             self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / MARK).touch()
             with contextlib.suppress(OSError, ValueError):
                 self._parts = json.loads((self._folder / "parts.json").read_text(encoding="utf-8"))
         return self._folder
@@ -208,12 +215,12 @@ class Desk:
         began = saved = time.monotonic()
         self.advance(read, name)
         for scores in score_stream(self.model, ids, cache, begin=read, step=step):
-            losses, hits = scores.losses[0].cpu().numpy(), scores.hits[0].cpu().numpy()
+            losses = scores.losses[0].cpu().numpy()
             first = max(0, skip - read)
             taken = (time.monotonic() - began) * (len(losses) - first) / len(losses)
             if first < len(losses):
                 sizes = {"cache_bytes": cache_bytes(cache), "memory": held_bytes(self.model.device)}
-                curve.add(losses[first:], hits[first:], seconds=taken, **sizes)
+                curve.add(losses[first:], seconds=taken, **sizes)
             read += len(losses)
             if isinstance(cache, SinkCache) and time.monotonic() - saved > SAVE_SECONDS:
                 _save(file, cache, curve, read)

@@ -38,6 +38,9 @@ DTYPES = {"float32": "#0b6e4f", "bfloat16": "#d1495b", "float16": "#3d5a99"}
 PROBE = 32
 """Tokens that are read to compare logits, at most."""
 
+LOGITS = 5.0
+"""Logits that are so many times as far off as single roundings of the keys make them have drifted."""
+
 GROWTH = 1.5
 """Keys that are so many times as far off at the end as at the start have drifted."""
 
@@ -217,12 +220,23 @@ class Drift(Evaluation):
         last = next(iter(points.values()))[-1]
         off = {name: _times(p[-1]["keys"]["mean"], p[-1]["keys"]["floor_mean"]) for name, p in points.items()}
         growth = {name: _times(p[-1]["keys"]["mean"], p[0]["keys"]["mean"]) for name, p in points.items()}
-        drifting = [name for name, times in growth.items() if times > GROWTH]
+        drifting = [
+            f"{words} in {name}"
+            for name, p in points.items()
+            for words, times in (
+                ("keys", growth[name]),
+                ("pinned keys", _times(p[-1]["pinned"]["mean"], p[0]["pinned"]["mean"])),
+                ("logits", _times(p[-1]["logits"]["max"], p[-1]["logits"]["floor"]) / LOGITS * GROWTH),
+            )
+            if times > GROWTH
+        ]
         turns = max(point["turns"] for found in points.values() for point in found)
         pinned = {name: _times(p[-1]["pinned"]["mean"], p[-1]["pinned"]["floor_mean"]) for name, p in points.items()}
         is_told = last["restarts"] and all(len(found) > 1 for found in points.values())
         outcome = "nothing drifts" if is_told else "too few tokens to tell whether anything drifts"
-        outcome = f"keys drift in {', '.join(drifting)}" if drifting else outcome
+        outcome = f"there is drift: {', '.join(drifting)}" if drifting else outcome
+        if not all(point["intact"] for found in points.values() for point in found):
+            outcome = "but that does not count"
         sentences = [
             f"After {last['tokens']:,} tokens, {last['evictions']:,} evictions and {last['restarts']:,} restarts of "
             f"positions (at most {turns} in the life of a key) keys are off by {_spell(off)} single roundings, "

@@ -7,6 +7,7 @@ runs or draws, so that the command line and the report can name and show evaluat
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -83,7 +84,23 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def spell_interval(found: Sequence[float], digits: int = 3) -> str:
+Interval = Sequence[Any]
+"""A value, and the ends of its confidence interval, which are ``None`` where there was too little to tell."""
+
+
+def bounds(found: Interval) -> tuple[float, float]:
+    """The ends of an interval; anything may be, where there is none."""
+    _, low, high = found
+    return (-math.inf, math.inf) if low is None else (low, high)
+
+
+def spell_interval(found: Interval, digits: int = 3) -> str:
     """A value with its confidence interval."""
     value, low, high = found
-    return f"{value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    return f"{value:.{digits}f} ({'too few' if low is None else f'{low:.{digits}f}-{high:.{digits}f}'})"
+
+
+def whiskers(values: Sequence[Interval]) -> list[list[float]]:
+    """How far each interval reaches below and above its value, for error bars; never below zero by rounding."""
+    ends = [(value, *((value, value) if low is None else (low, high))) for value, low, high in values]
+    return [[max(0.0, value - low) for value, low, _ in ends], [max(0.0, high - value) for value, _, high in ends]]

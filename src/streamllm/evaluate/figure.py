@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streamllm.atomic import write_atomically
 from streamllm.errors import ConfigError
@@ -26,7 +26,7 @@ COLORS = {
 """Of the methods, the same in every figure."""
 
 
-def make_figure(title: str, columns: int = 1, *, rows: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+def make_figure(title: str, columns: int = 1, *, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure with ``rows`` x ``columns`` axes, row by row.
 
     Raises:
@@ -39,7 +39,7 @@ def make_figure(title: str, columns: int = 1, *, rows: int = 1, **options: Any) 
     width = {1: 7.0, 2: 11.0}.get(columns, 14.0)
     figure = Figure(figsize=(width, 4.2 * rows), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -51,9 +51,12 @@ def save_figure(figure: Figure, path: Path) -> None:
     Raises:
         OSError: the disk is full.
     """
+    import matplotlib
+
     for kind in FORMATS:
         drawn = io.BytesIO()
-        figure.savefig(drawn, format=kind, dpi=150)
+        with matplotlib.rc_context({"svg.hashsalt": "streamllm"}):  # the same figure, the same bytes
+            figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
         write_atomically(path.with_name(f"{path.name}.{kind}"), drawn.getvalue())
 
 

@@ -66,7 +66,7 @@ class EvalJob:
 
             # 2. the model
             from streamllm import models
-            from streamllm.checkpoint import shown
+            from streamllm.checkpoint import digest, shown
 
             folder = models.locate(self.model)
             name = shown(folder)
@@ -90,13 +90,15 @@ class EvalJob:
                 "device": device,
                 "version": record.machine["streamllm"],
             }
-            target = target_of(self.out, evaluation.name, name, quick=self.quick)
+            weights = digest(folder)
+            target = target_of(self.out, evaluation.name, name, weights, quick=self.quick)
             desk = Desk(model, tokenizer, self.files, self.out, evaluation.name, json_able(plan), screen, signals)
             signals.defer(None if self.quiet else PATIENCE)
             try:
                 with self._alone(target):
                     record.figures.update(
-                        json_able({"options": evaluation.options(), "quick": self.quick, **evaluation.run(desk)})
+                        json_able({"options": evaluation.options(), "quick": self.quick, "weights": weights})
+                        | json_able(evaluation.run(desk))
                     )
                     self._write(record, evaluation, target)
                     desk.finish()
@@ -187,17 +189,28 @@ def _files(folder: Path) -> list[Any]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def target_of(out: Path, evaluation: str, model: str, *, quick: bool = False) -> Path:
-    """Where record and figures of an evaluation of a model go, without their endings; trials go beside them."""
+def target_of(out: Path, evaluation: str, model: str, weights: str, *, quick: bool = False) -> Path:
+    """Where record and figures of an evaluation of a model go, without their endings; trials go beside them.
+
+    ``weights``: the model's digest, which parts models that have the same name.
+    """
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", base_name(model)).strip("-.")[:100] or "model"
-    return out / f"{evaluation}-{slug}{'-quick' if quick else ''}"
+    target = out / f"{evaluation}-{slug}{'-quick' if quick else ''}"
+    try:
+        known = load_record(target.with_name(f"{target.name}.json")).figures.get("weights", weights)
+    except InputError:  # there is none
+        known = weights
+    return target if known == weights else target.with_name(f"{target.name}-{weights[:6]}")
 
 
-def verdict_of(kind: type[Evaluation], out: Path, model: str) -> str | None:
-    """What an evaluation found about a model before; ``None`` where there is no record that can be read."""
-    target = target_of(out, kind.name, model)
+def verdict_of(kind: type[Evaluation], out: Path, folder: Path) -> str | None:
+    """What an evaluation found about the model in ``folder`` before; ``None``: there is no record that can be read."""
+    from streamllm.checkpoint import digest, shown
+
+    weights = digest(folder)
+    target = target_of(out, kind.name, shown(folder), weights)
     try:
         record = load_record(target.with_name(f"{target.name}.json"))
-        return kind.verdict(record.figures) if record.model == base_name(model) else None
+        return kind.verdict(record.figures) if record.figures["weights"] == weights else None
     except (InputError, *MISFITS):
         return None

@@ -2,24 +2,27 @@
 
 Protocol of the paper: the loss of every token counts, the warm-up included; the cache is carried across documents.
 The head of the text, which every method reads as far as it can, shows where they part; the rest is read by those whose
-memory is bounded.
+memory is bounded. Whether the stream wears out is told by its last tenth, which a fresh stream with the same sinks
+reads, too: perplexities of other passages differ because the passages do.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamllm.config import PREFILL_CHUNK, CacheConfig, check_count
-from streamllm.evaluate.evaluation import Evaluation, Figures, option, spell_interval
+from streamllm.evaluate.evaluation import Evaluation, Figures, bounds, option, spell_interval
 from streamllm.evaluate.methods import DENSE_CONTEXTS, METHODS, cache_maker, check_methods, dense_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from streamllm.evaluate.desk import Desk
+
+WORN = 1.01
+"""The end of a stream has worn out if its perplexity is so many times that of a fresh one, or surely more than it."""
 
 ONLY_HEAD = ("dense", "recompute")
 """Methods that do not read the whole text: one would fill the memory, the other takes too long."""
@@ -68,12 +71,15 @@ class Perplexity(Evaluation):
 
     def run(self, desk: Desk) -> Figures:
         """Read the head with all methods, and all of the text with those that can."""
+        import numpy as np
+
         from streamllm.cache import SinkCache
+        from streamllm.evaluate.curve import Curve
 
         fitted = SinkCache(desk.model, self.sinks, self.window, self.block)
         window, trained = fitted.config.window, fitted.spec.trained_length
         assert window is not None
-        text = desk.text(self.tokens, least=self.sinks + window + 1, every_document=self.every_document)
+        text = desk.text(self.tokens, least=fitted.capacity + 2, every_document=self.every_document)
         total = text.ids.shape[1]
         head = min(total, self.dense_limit or DENSE_CONTEXTS * fitted.spec.limit)
         dense = dense_tokens(desk.model, fitted.spec, self.dense_limit)
@@ -81,6 +87,10 @@ class Perplexity(Evaluation):
         makers = {m: cache_maker(m, desk.model, self.sinks, window, self.block) for m in self.methods}
         endless = [m for m in self.methods if m not in ONLY_HEAD] if total > head else []
         steps = sum(limits.get(m, head) - 1 for m in self.methods) + len(endless) * (total - 1)
+        stretch = Curve(total - 1).stretch
+        last = -(-(total - 1) // stretch) // 10 if "streaming" in endless else 0  # stretches of the last tenth
+        begin = (-(-(total - 1) // stretch) - last) * stretch - fitted.capacity
+        steps += self.sinks + total - 1 - begin if last else 0
         found: Figures = {
             "tokens": total,
             "files": text.files,
@@ -97,7 +107,17 @@ class Perplexity(Evaluation):
             found["head"]["methods"] = _compare(curves)
             if endless:
                 curves = {m: desk.stream(m, text.ids, makers[m], step=self.step) for m in endless}
-                found["stream"] = {"tokens": total, "methods": _compare(curves)}
+                found["stream"] = {"tokens": total, "methods": _compare(curves), "last_tenth": None}
+            if last:
+                fresh = desk.stream(
+                    "streaming, fresh",
+                    np.concatenate([text.ids[:, : self.sinks], text.ids[:, begin:]], axis=1),
+                    makers["streaming"],
+                    step=self.step,
+                    points=total - 1,
+                    skip=self.sinks + fitted.capacity,
+                )
+                found["stream"]["last_tenth"] = curves["streaming"].tail(last).ratio(fresh)
         return found
 
     @staticmethod
@@ -137,24 +157,25 @@ class Perplexity(Evaluation):
         found = part["methods"].get("streaming")
         if not found:
             return f"{part['tokens']:,} tokens read; streaming was not among the methods."
-        from streamllm.evaluate.curve import Curve
-
-        curve = Curve.from_dict(found["curve"])
-        tenth = max(1, len(curve.losses) // 10)
-        first, last = (
-            math.exp(sum(curve.losses[part]) / curve.counts[part].sum()) for part in (slice(tenth), slice(-tenth, None))
-        )
-        rest = []
-        for name in ("dense", "window"):
-            other = figures["head"]["methods"].get(name)
-            if other and other["ratio"]:
-                rest.append(f"{name} has {other['ratio'][0]:.2f} times its perplexity over the same tokens")
-        ends = f" Beside it, {'; '.join(rest)}." if rest else ""
-        return (
-            f"The stream of {found['tokens']:,} tokens has perplexity {found['perplexity'][0]:.2f} in "
-            f"{found['cache_bytes'] / 1e6:.2f} MB of cache ({first:.2f} in its first tenth, {last:.2f} in its last)."
-            f"{ends}"
-        )
+        sentences = [
+            f"The stream of {found['tokens']:,} tokens has perplexity {spell_interval(found['perplexity'])} in "
+            f"{found['cache_bytes'] / 1e6:.2f} MB of cache."
+        ]
+        fresh = part.get("last_tenth")
+        if fresh:
+            worn = "it wears out" if bounds(fresh)[0] > 1 else "it does not wear out" if bounds(fresh)[1] < WORN else ""
+            sentences.append(
+                f"Its last tenth has {spell_interval(fresh, 4)} times the perplexity that a fresh stream with the same "
+                f"sinks has there{f': {worn}' if worn else ''}."
+            )
+        for name in METHODS:
+            some = next((p["methods"][name] for p in (part, figures["head"]) if name in p["methods"]), None)
+            if some and some["ratio"]:
+                sentences.append(
+                    f"Over the same {some['tokens']:,} tokens {name} has {spell_interval(some['ratio'])} times the "
+                    "perplexity of streaming."
+                )
+        return " ".join(sentences)
 
     @staticmethod
     def draw(figures: Figures) -> Figure:
@@ -176,19 +197,25 @@ class Perplexity(Evaluation):
                     losses.plot(at, curve.means, **style)
                     memory.plot(at, [n / 1e6 for n in curve.cache_bytes], **style)
                 else:
-                    losses.plot(at, curve.means, color=COLORS[name], lw=0.7, alpha=0.4)
+                    if name == "streaming":  # the others' lie upon it
+                        losses.plot(at, curve.means, color=COLORS[name], lw=0.5, alpha=0.4)
                     losses.plot(at, curve.running, **style)
                     memory.plot(at, [n / 1e6 for n in curve.memory_bytes], **style)
                 times.plot(at, [1000 * s / n for s, n in zip(curve.seconds, curve.counts, strict=True)], **style)
             trained = figures["trained_length"]
             if part == "head" and trained and trained < size:
                 losses.axvline(trained / scale, color="0.6", lw=0.8, ls=":")
-                losses.text(trained / scale, losses.get_ylim()[1], " trained length", va="top", fontsize="x-small")
-            means = "" if part == "head" else " (thin: by stretch, thick: so far)"
+                losses.text(trained / scale, losses.get_ylim()[0], " trained length", va="bottom", fontsize="x-small")
+            means = "" if part == "head" else ", so far (thin: streaming, by stretch)"
             losses.set(title=f"log perplexity{means}", xlabel=unit, ylabel="nats a token")
             kind = "keys and values" if part == "head" else "memory of all that runs"
             memory.set(title=kind, xlabel=unit, ylabel="MB", ylim=(0, 1.1 * memory.get_ylim()[1]))
-            times.set(title="time", xlabel=unit, ylabel="ms a token", yscale="log")
+            spent = [found["ms_per_token"] for found in figures[part]["methods"].values()]
+            times.set(title="time", xlabel=unit, ylabel="ms a token")
+            if max(spent) > 5 * min(spent):  # re-computation is beside the others
+                times.set_yscale("log")
+            else:
+                times.set_ylim(0, 1.1 * times.get_ylim()[1])
             losses.legend(fontsize="small")
         return figure
 

@@ -64,7 +64,13 @@ def check_sources(names: Sequence[str]) -> None:
             raise ConfigError(f"There are no questions called {name}: give {known}, or a file.")
         if name.startswith(HUB) or name.endswith(PARQUET):
             _parquet(name)
-        if name != STDIN and not name.startswith(HUB) and not Path(name).expanduser().is_file():
+        if name == STDIN or name.startswith(HUB):
+            continue
+        try:
+            is_file = Path(name).expanduser().is_file()
+        except (OSError, RuntimeError) as error:  # a name too long, an unknown home
+            raise InputError(f"The file {name} cannot be found: {first_line(error)}; check its name.") from error
+        if not is_file:
             raise InputError(f"There is no file {name} with questions; check its name.")
 
 

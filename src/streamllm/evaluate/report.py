@@ -145,6 +145,7 @@ def _misfit(error: Exception) -> str:
 def _machine(facts: dict[str, Any]) -> str:
     """The machine in a line; what was not known is left out."""
     words = [
+        facts.get("device"),
         facts.get("cpu"),
         f"{facts['cores']} cores" if facts.get("cores") else None,
         f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'} used" if facts.get("threads") else None,

@@ -72,8 +72,8 @@ def score_stream(
                 logits = model(input_ids=part[:, :-1], past_key_values=cache, use_cache=True).logits.float()
                 losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
                 hits = logits.argmax(-1) == targets
-        except (RuntimeError, IndexError):
-            if isinstance(cache, SinkCache) or begin == 0:
+        except (RuntimeError, IndexError) as error:
+            if isinstance(cache, SinkCache) or begin == 0 or not _is_exhausted(error):
                 raise
             return
         if not bool(losses.isfinite().all()):
@@ -83,6 +83,12 @@ def score_stream(
             )
         yield Scores(losses, hits)  # outside of the mode, which would be the caller's, too
         begin += width
+
+
+def _is_exhausted(error: Exception) -> bool:
+    """Whether positions or memory have come to their end."""
+    # The allocator of the CPU has no exception of its own.
+    return isinstance(error, (IndexError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def read_losses(model: PreTrainedModel, ids: Ids, cache: Cache, *, step: int = PREFILL_CHUNK) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamllm.config import CacheConfig, check_count
 from streamllm.errors import ConfigError
-from streamllm.evaluate.evaluation import TOKENS, Evaluation, Figures, option, spell_interval
+from streamllm.evaluate.evaluation import TOKENS, Evaluation, Figures, bounds, option, spell_interval, whiskers
 from streamllm.evaluate.methods import cache_maker
 
 if TYPE_CHECKING:
@@ -64,13 +64,15 @@ class Sinks(Evaluation):
     def run(self, desk: Desk) -> Figures:
         """Read the text once for each number."""
         from streamllm.cache import SinkCache
-        from streamllm.evaluate.curve import SHORTEST, Curve
+        from streamllm.evaluate.curve import FEWEST, SHORTEST, Curve
 
         size = self.size
         if size is None:
             fitted = SinkCache(desk.model, block=self.block).config
             size = fitted.sinks + (fitted.window or 0)
-        text = desk.text(self.tokens, least=size + self.block + 1 + 2 * SHORTEST, every_document=self.every_document)
+        text = desk.text(
+            self.tokens, least=size + self.block + 1 + FEWEST * SHORTEST, every_document=self.every_document
+        )
         total = text.ids.shape[1]
         ids = desk.tokenizer("\n", add_special_tokens=False)["input_ids"]
         variants = [(str(kept), kept) for kept in self.kept]
@@ -95,6 +97,7 @@ class Sinks(Evaluation):
             "perplexity": {name: curve.interval() for name, curve in curves.items()},
             "ratio": {name: curve.ratio(most) for name, curve in curves.items() if curve is not most},
             "most": self.kept[-1],
+            "breaks": curves[BREAKS].ratio(curves[str(REPLACED)]) if BREAKS in curves else None,
             "curves": {name: curve.to_dict() for name, curve in curves.items()},
         }
 
@@ -115,29 +118,28 @@ class Sinks(Evaluation):
 
     @staticmethod
     def verdict(figures: Figures) -> str:
-        """Whether the model needs sinks, and how many."""
-        ratios = figures["ratio"]
+        """Whether the model needs sinks, and how many; or that this text does not tell."""
+        ratios, most = figures["ratio"], figures["most"]
         kept = [name for name in ratios if name != BREAKS]
-        enough = next((name for name in kept if ratios[name][0] <= TOLERANCE), None)
         least = kept[0]
-        words = f"{spell_interval(ratios[least])} times that with {figures['most']}"
-        if enough == "0":
-            return f"This model does not need sinks: with 0 initial tokens kept its perplexity is {words}."
-        if enough == least:
-            return f"{least} initial tokens are enough, fewer were not tried: with them its perplexity is {words}."
-        tokens = (
-            "first token"
-            if enough == "1"
-            else f"first {enough} tokens"
-            if enough
-            else f"first {figures['most']} tokens"
-        )
-        tokens += "" if enough else " or more"
+        words = f"with {least} kept its perplexity is {spell_interval(ratios[least])} times that with {most}"
+        if bounds(ratios[least])[1] <= TOLERANCE:
+            if least == "0":
+                return f"This model does not need sinks: {words}."
+            return f"{least} initial tokens are enough, fewer were not tried: {words}."
+        if bounds(ratios[least])[0] <= 1:
+            return f"Whether this model needs sinks cannot be told on this text: {words}."
+        enough = next((name for name in kept if bounds(ratios[name])[1] <= TOLERANCE), None)
+        tokens = {"1": "first token", None: f"first {most} tokens or more"}.get(enough, f"first {enough} tokens")
+        breaks = figures["breaks"]
         tail = ""
-        if BREAKS in ratios:
-            is_alike = ratios[BREAKS][0] <= TOLERANCE * ratios.get(str(REPLACED), [1.0])[0]
-            tail = " Line breaks in their place do as well." if is_alike else " Line breaks in their place do not do."
-        return f"This model needs its {tokens}: with {least} kept its perplexity is {words}.{tail}"
+        if breaks and bounds(breaks)[1] <= TOLERANCE:
+            tail = f" {REPLACED} line breaks in place of the first {REPLACED} do as well."
+        elif breaks and bounds(breaks)[0] > 1:
+            tail = (
+                f" {REPLACED} line breaks in place of the first {REPLACED} cost {spell_interval(breaks)} times as much."
+            )
+        return f"This model needs its {tokens}: {words}.{tail}"
 
     @staticmethod
     def draw(figures: Figures) -> Figure:
@@ -149,16 +151,15 @@ class Sinks(Evaluation):
         names = list(figures["perplexity"])
         labels = [name if name != BREAKS else f"{REPLACED} line\nbreaks" for name in names]
         for place, name in enumerate(names):
-            value, low, high = figures["ratio"].get(name, [1.0, 1.0, 1.0])
+            found = figures["ratio"].get(name, [1.0, 1.0, 1.0])
             color = COLORS["recompute" if name == BREAKS else "streaming"]
-            beside.errorbar(place, value, [[value - low], [high - value]], fmt="o", color=color, capsize=4)
+            beside.errorbar(place, found[0], whiskers([found]), fmt="o", color=color, capsize=4)
             words = f"{figures['perplexity'][name][0]:.4g}"
-            beside.annotate(
-                words, (place, high), xytext=(0, 6), textcoords="offset points", ha="center", fontsize="small"
-            )
+            top = (place, found[2] or found[0])
+            beside.annotate(words, top, xytext=(0, 6), textcoords="offset points", ha="center", fontsize="small")
         beside.axhline(1, color="0.7", lw=0.8, zorder=0)
         beside.margins(y=0.2)
-        if max(figures["ratio"][name][2] for name in figures["ratio"]) > 2:
+        if max(found[0] for found in figures["ratio"].values()) > 2:
             beside.set_yscale("log")
         beside.set_xticks(range(len(names)), labels)
         title = f"perplexity, and as a share of that with {figures['most']} kept"

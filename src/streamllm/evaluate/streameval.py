@@ -38,6 +38,9 @@ KNOWN = ("streaming", "window", "recompute-block", "dense")
 BLOCK_TOKENS = 2048
 """Tokens of a stream that are held at once."""
 
+FORGOTTEN = 0.05
+"""Accuracy beyond the cache, at most, of what is said to be forgotten."""
+
 ABLE = 0.5
 """Accuracy inside the window below which a model cannot show what lies beyond."""
 
@@ -204,8 +207,8 @@ class StreamEval(Evaluation):
         near, far = share(*inside), share(*beyond)
         right = f"{_percent(near)} of the queries about lines inside the window of {window:,} tokens"
         guess = f"chance is {100 * chance:.{max(0, round(-math.log10(chance)) - 2)}f}%"
-        if near[0] < ABLE:
-            able = "cannot do the task" if near[1] <= chance else "can hardly do the task"
+        if near[1] < ABLE:
+            able = "cannot do the task" if near[1] <= chance else "does not surely do the task"
             return (
                 f"This model {able}: it answers {right} ({guess}), so what it answers beyond says nothing about the "
                 "cache. Take a model that copies better."
@@ -213,7 +216,12 @@ class StreamEval(Evaluation):
         words = f"With {main}, the model answers {right}"
         if not beyond[1]:
             return f"{words} ({guess}); no line that was asked for lies beyond the cache."
-        end = "what has left the cache is forgotten" if far[1] <= chance else "which is more than chance"
+        if far[1] > chance:
+            end = "which is more than chance"
+        elif far[2] > FORGOTTEN:
+            end = "too few queries to tell whether it is forgotten"
+        else:
+            end = "what has left the cache is forgotten"
         return f"{words}, and {_percent(far)} of those about lines beyond the cache ({guess}): {end}."
 
     @staticmethod
