@@ -77,7 +77,7 @@ evaluations: $(RUNS)/unread.jsonl.xz $(RUNS)/streameval/model/config.json  ## al
 		$(EVAL) drift $$model --tokens 1000000 $(EVAL_TEXT) --out $(EVAL_OUT) || exit 1; \
 	done
 	$(EVAL) streameval -m $(RUNS)/streameval/model $(STREAMEVAL) --out $(EVAL_OUT)
-	$(EVAL) perplexity --methods dense,window,streaming --tokens 4000001 $(EVAL_TEXT) $< --out $(EVAL_OUT)/4M
+	$(EVAL) perplexity --methods dense,streaming --tokens 4000001 $(EVAL_TEXT) $< --out $(EVAL_OUT)/4M
 	$(BIN)/python recipes/results.py
 
 $(RUNS)/streameval/model/config.json: $(READY)

@@ -164,6 +164,19 @@ def test_sums_of_parts_are_the_sums_of_all(model: LlamaForCausalLM, ids: Tensor)
             torch.testing.assert_close(getattr(merged, name), getattr(layer, name))
 
 
+def test_masses_have_intervals_over_sequences(model: LlamaForCausalLM, ids: Tensor) -> None:
+    """Reference: each sequence by itself, and the textbook's formula."""
+    rows = torch.cat([ids, ids.flip(0).flip(1), ids.roll(3, 1)])[:9]
+    rows = rows.repeat(-(-9 // len(rows)), 1)[:9]
+    alone = [sum_attention(model, rows_of(row[None]), skip=4)[0].mass[:, 0].mean() for row in rows]
+    means = torch.stack(alone)
+    (layer, *_) = sum_attention(model, rows_of(rows), skip=4)
+    mean, error = float(means.mean()), 1.96 * float(means.std()) / 3
+    assert layer.interval(0) == pytest.approx([mean, mean - error, mean + error])
+    (few, *_) = sum_attention(model, rows_of(rows[:7]), skip=4)
+    assert few.interval(0)[1:] == [None, None]
+
+
 # ---- what cannot be done
 
 
@@ -262,7 +275,7 @@ def test_the_table_and_the_maps_hold_what_was_measured(loaded: tuple[Any, Any], 
     rows = AttentionMaps.rows(figures)
     assert rows[0] == ("layer", "on the first token", "on the first 4", "strongest head, on the first")
     for line, heads in zip(rows[1:], figures["mass"]["1"], strict=True):
-        assert line[1] == f"{sum(heads) / 8:.3f}"
+        assert line[1].startswith(f"{sum(heads) / 8:.3f} (")
         assert line[3] == f"{heads.index(max(heads))}: {max(heads):.3f}"
     figure = AttentionMaps.draw(figures)
     titles = [axes.get_title() for axes in figure.get_axes()]
@@ -279,6 +292,7 @@ def made_figures(mass: list[list[float]], nothing: list[list[float]] | None = No
         "queries": [2, 16],
         "even": 0.1,
         "mass": {"1": mass, "2": mass, "4": mass},
+        "layers": {n: [[sum(heads) / len(heads), None, None] for heads in mass] for n in ("1", "2", "4")},
         "nothing": nothing,
         "attention": [maps for _ in mass],
         "logits": [[[[0.0], [-1.0, None]]] * 2 for _ in mass],
@@ -298,7 +312,7 @@ def test_the_verdict_tells_sinks_from_none() -> None:
     )
     assert AttentionMaps.rows(none) == [
         ("layer", "on the first token", "on the first 4", "strongest head, on the first", "on nothing"),
-        ("0", "0.150", "0.150", "1: 0.200", "0.600"),
+        ("0", "0.150 (too few)", "0.150 (too few)", "1: 0.200", "0.600"),
     ]
 
 

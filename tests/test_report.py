@@ -252,7 +252,7 @@ def test_a_real_evaluation_is_shown(tmp_path: Path) -> None:
         "sinks": 4,
         "sizes": [32, 64],
         "perplexity": {"32": [9.0, 8.5, 9.5], "64": [8.0, 7.5, 8.5]},
-        "ratio": {"64": [0.9, 0.8, 1.0]},
+        "ratio": {"32": [0.9, 0.8, 1.0]},
         "cache_bytes": {"32": 1000, "64": 2000},
         "ms_per_token": {"32": 1.0, "64": 1.5},
     }

@@ -370,8 +370,11 @@ def test_the_verdict_says_what_the_model_can_do() -> None:
     assert "and 0.0% (0.0-3.7) of those about lines beyond the cache (chance is 0.001%)" in said
     assert said.endswith("what has left the cache is forgotten.")
     assert say(streaming={"5": near, "20": summary(9, 99, 300)}).endswith("which is more than chance.")
+    few = say(streaming={"5": near, "20": summary(0, 9, 300)})
+    assert few.endswith("too few queries to tell whether it is forgotten.")
+    assert say(streaming={"5": summary(2, 2, 60), "20": far}).startswith("This model does not surely do the task: ")
     assert say(streaming={"5": summary(0, 99, 60), "20": far}).startswith("This model cannot do the task: ")
-    assert say(streaming={"5": summary(20, 99, 60), "20": far}).startswith("This model can hardly do the task: ")
+    assert say(streaming={"5": summary(20, 99, 60), "20": far}).startswith("This model does not surely do the task: ")
     assert say(window={"5": near}).endswith("no line that was asked for lies beyond the cache.")
     assert say(streaming={"20": far}).startswith("No line that was asked for lies inside the window of 100 tokens")
 
@@ -414,34 +417,32 @@ def test_files_are_refused() -> None:
 
 
 def test_the_recipes_documents_ask_for_lines_that_are_there(recipe: Any) -> None:
-    """Reference: every answer, looked up in the lines before it; never the newest, none twice, none too far back."""
+    """Reference: every answer, looked up in the lines before it; none too far back."""
     tokenizer = recipe.make_tokenizer()
-    near = 0
+    reaches = []
     for seed in range(40):
         text = "".join(recipe.document(random.Random(seed)))
         assert text.startswith("Below is a record")
         lines: dict[str, tuple[str, int]] = {}
-        newest = ""
         for match in ANY_LINE.finditer(text):
             if match[1]:
-                assert match[2] != newest
-                content, begin = lines.pop(match[2])
+                content, begin = lines[match[2]]
                 assert content == match[3]
-                tokens = len(tokenizer.encode(text[begin : match.end()]).ids)
-                assert tokens <= 256
-                near += tokens < 100
+                reaches.append(len(tokenizer.encode(text[begin : match.end()]).ids))
             else:
-                lines[newest := match[2]] = (match[3], match.start())
-    assert near > 40
+                lines[match[2]] = (match[3], match.start())
+    assert max(reaches) <= 256
+    assert sum(reach > 100 for reach in reaches) > 10
+    assert sum(reach < 40 for reach in reaches) > 200
 
 
 def test_one_token_names_a_line(recipe: Any) -> None:
     """Reference: by hand, for line numbers of every length; any other text comes back from its ids, too."""
     tokenizer = recipe.make_tokenizer()
     for number, want in (("7", ["7"]), ("37", ["37"]), ("837", ["8", "37"]), ("1837", ["18", "37"])):
-        found = [tokenizer.decode([token]) for token in tokenizer.encode(make_line(int(number), "04215")[0].text).ids]
+        found = [tokenizer.decode([token]) for token in tokenizer.encode(make_line(int(number), "0421")[0].text).ids]
         assert found == ["The REGISTER_CONTENT in line ", *want[:-1], f"{want[-1]} is <"]
-    pieces = [Piece(registers.PREFACE), *make_line(837, "04215"), *make_query(837, "04215")]
+    pieces = [Piece(registers.PREFACE), *make_line(837, "0421"), *make_query(837, "0421")]
     text = "".join(piece.text for piece in pieces)
     found = tokenizer.encode(text).ids
     assert len(found) == 1 + recipe.LINE_TOKENS + recipe.LINE_TOKENS + 1
@@ -465,8 +466,7 @@ def test_the_recipe_trains_a_model_that_the_evaluation_reads(
     assert model.config.vocab_size == 472
     evaluation = StreamEval((1, 9), every=1, samples=1, queries=10, window=40, block=8)
     figures = evaluation.run(make_desk((model, tokenizer), tmp_path))
-    assert StreamEval.verdict(figures).startswith("This model can")
-    assert "the task" in StreamEval.verdict(figures)
+    assert StreamEval.verdict(figures).startswith("This model cannot do the task")
     called: list[list[str]] = []
     monkeypatch.setattr(recipe.subprocess, "run", lambda command, check: called.append(command))
     recipe.main(arguments)  # goes on with what is there
