@@ -63,6 +63,8 @@ $(RUNS)/unread.jsonl.xz: $(READY)
 
 EVAL = OMP_NUM_THREADS=1 $(BIN)/streamllm eval
 EVAL_OUT := docs/results/eval
+# The model knows four digits, and a context of 256 tokens.
+STREAMEVAL := --digits 4 --window 188 --block 16 --sinks 1 --distances 5,10,15,20,25,30,40,60,80,100
 EVAL_TEXT := --data $(STORIES_HELD_OUT) $(BOOKS_HELD_OUT)
 
 evaluations: $(RUNS)/unread.jsonl.xz $(RUNS)/streameval/model/config.json  ## all of docs/results/eval, in about three hours
