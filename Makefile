@@ -67,7 +67,7 @@ EVAL_OUT := docs/results/eval
 STREAMEVAL := --digits 4 --window 188 --block 16 --sinks 1 --distances 5,10,15,20,25,30,40,60,80,100
 EVAL_TEXT := --data $(STORIES_HELD_OUT) $(BOOKS_HELD_OUT)
 
-evaluations: $(RUNS)/unread.jsonl.xz $(RUNS)/streameval/model/config.json  ## all of docs/results/eval, in about three hours
+evaluations: $(RUNS)/unread.jsonl.xz $(RUNS)/streameval/copier/config.json  ## all of docs/results/eval, in about three hours
 	for model in "" "-m tests/models/stories260K"; do \
 		$(EVAL) perplexity $$model --tokens 200001 $(EVAL_TEXT) --out $(EVAL_OUT) && \
 		$(EVAL) perplexity $$model --methods window,streaming --tokens 20001 --block 1 --step 1 $(EVAL_TEXT) \
@@ -78,11 +78,11 @@ evaluations: $(RUNS)/unread.jsonl.xz $(RUNS)/streameval/model/config.json  ## al
 		$(EVAL) attention $$model $(EVAL_TEXT) --out $(EVAL_OUT) && \
 		$(EVAL) drift $$model --tokens 1000000 $(EVAL_TEXT) --out $(EVAL_OUT) || exit 1; \
 	done
-	$(EVAL) streameval -m $(RUNS)/streameval/model $(STREAMEVAL) --out $(EVAL_OUT)
+	$(EVAL) streameval -m $(RUNS)/streameval/copier $(STREAMEVAL) --out $(EVAL_OUT)
 	$(EVAL) perplexity --methods dense,streaming --tokens 4000001 $(EVAL_TEXT) $< --out $(EVAL_OUT)/4M
 	$(BIN)/python recipes/results.py
 
-$(RUNS)/streameval/model/config.json: $(READY)
+$(RUNS)/streameval/copier/config.json: $(READY)
 	$(BIN)/python recipes/streameval.py --work $(RUNS)/streameval
 
 results: $(READY)  ## write the page of all results anew

@@ -4,7 +4,7 @@
 
 Writes the text, which looks like the evaluation's stream but asks far more often, because of numbers only answers can
 be foreseen; a tokenizer that makes lines short and names each by one token (see ``make_tokenizer``); and trains with
-``streamllm train``, about 20 minutes on one thread. The model is FOLDER/model. A run that was broken off goes on.
+``streamllm train``, about 20 minutes on one thread. The model is FOLDER/copier. A run that was broken off goes on.
 
 What was learnt from what did not work: most documents must ask about the last few lines only, or copying is not found
 in 20 million tokens; too many of these, and it is not learnt for lines that are far away; rows of 256 tokens and small
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for file, count, part in ((text, options.documents, "train"), (heldout, 60, "held out")):
         if not file.exists():
             write_text(file, random.Random(f"{options.seed} {part}"), count)
-    model = options.work / "model"
+    model = options.work / "copier"
     command = [sys.executable, "-m", "streamllm", "train", "--out", str(model), "--tokens", str(options.tokens)]
     command += ["--seed", str(options.seed), *options.flags.split(), "--data", str(text), "--heldout", str(heldout)]
     is_new = not (model / "training" / "run.json").exists()

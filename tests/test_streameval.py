@@ -462,7 +462,7 @@ def test_the_recipe_trains_a_model_that_the_evaluation_reads(
     arguments = ["--work", str(tmp_path), "--documents", "20", "--tokens", "2000", "--flags", flags]
     recipe.main(arguments)
     assert (tmp_path / "lines.txt").read_text().count(END_OF_TEXT) == 20
-    model, tokenizer = streamllm.load(tmp_path / "model")
+    model, tokenizer = streamllm.load(tmp_path / "copier")
     assert model.config.vocab_size == 472
     evaluation = StreamEval((1, 9), every=1, samples=1, queries=10, window=40, block=8)
     figures = evaluation.run(make_desk((model, tokenizer), tmp_path))

@@ -87,6 +87,8 @@ def _before(
 ) -> tuple[tuple[Any, ...], Any] | None:
     """Pre-hook: evict, cut, supply positions and mask."""
     # 1. only forwards with a gated cache
+    if not args and not isinstance(kwargs.get("past_key_values"), Gated):
+        return None  # at once, as a compiled step comes through here too
     parameters = _parameters(decoder.__class__)  # type: ignore[arg-type]
     inputs = {**dict(zip(parameters, args, strict=False)), **kwargs} if args else dict(kwargs)
     cache = inputs.get("past_key_values")
