@@ -231,7 +231,7 @@ class StreamEval(Evaluation):
 
         cache, methods = figures["cache"], figures["methods"]
         window, capacity = cache["window"], cache["capacity"]
-        figure, (table, along) = make_figure(f"{cache['sinks']} sinks + window of {window:,} tokens", 2)
+        figure, (table, along) = make_figure(f"sinks: {cache['sinks']}, window: {window:,} tokens", 2)
         ticks: dict[float, str] = {}
         for method, distances in methods.items():
             asked = [(distance, found) for distance, found in distances.items() if found["accuracy"]]
@@ -239,19 +239,23 @@ class StreamEval(Evaluation):
             ticks |= {place: f"{distance}\n({place:,.0f})" for place, (distance, _) in zip(places, asked, strict=True)}
             rates = [found["accuracy"] for _, found in asked]
             errors = [[max(0.0, r[0] - r[1]) for r in rates], [max(0.0, r[2] - r[0]) for r in rates]]  # rounding
-            color = COLORS[method]
-            table.errorbar(places, [r[0] for r in rates], errors, marker="o", capsize=3, color=color, label=method)
+            # Where nothing is lost, the window's line lies on that of the stream.
+            style = {"color": COLORS[method], "ls": "--" if method == "window" else "-", "marker": "o"}
+            table.errorbar(places, [r[0] for r in rates], errors, capsize=3, label=method, **style)
             if asked:
-                _draw_along(along, asked[0][1], color=color, marker="o", label=f"{method}, {asked[0][0]} lines back")
+                _draw_along(along, asked[0][1], label=f"{method}, {asked[0][0]} lines back", **style)
         beyond = [item for item in methods.get("streaming", {}).items() if item[1]["held"] == BEYOND]
         for distance, found in beyond[:1]:
             style = {"color": COLORS["streaming"], "ls": ":", "marker": "o", "mfc": "white"}
             _draw_along(along, found, label=f"streaming, {distance} lines back", **style)
-        table.axvspan(0, window, color=COLORS["streaming"], alpha=0.07, lw=0)
+        nearest, farthest = min([capacity, *ticks]), max([capacity, *ticks])
+        table.set_xscale("log")
+        table.minorticks_off()
+        table.axvspan(nearest / 1.3, window, color=COLORS["streaming"], alpha=0.07, lw=0)
         table.axvspan(window, capacity, color="0.5", alpha=0.15, lw=0)
-        table.text(0, 1.03, " inside the window", fontsize="small", color=COLORS["streaming"])
+        table.text(nearest / 1.3, 1.03, " inside the window", fontsize="small", color=COLORS["streaming"])
         table.set_xticks(list(ticks), list(ticks.values()), fontsize="small")
-        table.set_xlim(0, 1.05 * max([capacity, *ticks]))
+        table.set_xlim(nearest / 1.3, farthest * 1.1)
         table.set(title="by distance", xlabel="lines (tokens) back to the line asked for", ylabel="right answers")
         if figures["trained_length"] and "dense" in methods:
             along.axvline(figures["trained_length"] / 1000, color="0.6", lw=0.8, ls=":")
