@@ -66,13 +66,15 @@ def sections(folder: Path) -> Iterator[str]:
 def described(record: Record, path: Path) -> Iterator[str]:
     """How to repeat it, and what it was measured on."""
     machine = record.machine
+    load = machine["load_before"]
+    noise = f"; others used the machine (load {load}), so times are noisy" if record.is_busy else ""
     yield from ("```console", f"$ {record.command}", "```", "")
     yield (
         f"[{path.name}]({path.as_posix()}): {record.began[:10]}, {record.dtype}, "
         f"{machine['device'] + ', ' if 'device' in machine else ''}{machine['cpu']}, "
         f"{machine['cores']} cores, "
         f"{machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}, commit "
-        f"{record.commit}."
+        f"{record.commit}{noise}."
     )
 
 

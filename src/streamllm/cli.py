@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +60,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "STREAMLLM"},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -96,7 +97,7 @@ def run(
         str | None, typer.Argument(metavar="PROMPT", help="What to go on from; piped text comes first.")
     ] = None,
     model: Model = None,
-    prompt: Annotated[str | None, one_off("-p", "--prompt", help="The same, as a flag.")] = None,
+    prompt: Annotated[str | None, one_off("-p", "--prompt", help="The same, as a flag.", command="run")] = None,
     device: Device = SETTINGS["device"].default,
     dtype: Dtype = SETTINGS["dtype"].default,
     sinks: Sinks = CacheConfig.sinks,
@@ -113,11 +114,11 @@ def run(
     endless: Endless = False,
     save: Annotated[
         Path | None,
-        one_off("--save", help="Save the stream to this file at the end."),
+        one_off("--save", help="Save the stream to this file at the end.", command="run"),
     ] = None,
     resume: Annotated[
         Path | None,
-        one_off("--resume", help="Go on from a saved stream."),
+        one_off("--resume", help="Go on from a saved stream.", command="run"),
     ] = None,
     stats: ShowStats = False,
     json: Json = False,
@@ -155,47 +156,50 @@ def run(
     raise typer.Exit(job.run())
 
 
+_for_train = partial(one_off, command="train")
+
+
 @app.command()
 def train(
     ctx: typer.Context,
     files: Annotated[list[str] | None, typer.Argument(metavar="FILES", help="More text, as with --data.")] = None,
     data: Annotated[
         list[str] | None,
-        one_off("--data", help="Text: .txt or .jsonl, also .xz .gz .bz2 .zst; FILE:3 counts it three times."),
+        _for_train("--data", help="Text: .txt or .jsonl, also .xz .gz .bz2 .zst; FILE:3 counts it three times."),
     ] = None,
-    out: Annotated[Path | None, one_off("--out", help="Folder of the model; must not exist.")] = None,
-    size: Annotated[str, one_off("--size", help="toy, tiny, small, medium or base.")] = Recipe.size,
-    sink: Annotated[str, one_off("--sink", help="token, zero or none: what idle heads attend to.")] = Recipe.sink,
-    minutes: Annotated[float | None, one_off("--minutes", help="How long to train, about.")] = None,
-    tokens: Annotated[int | None, one_off("--tokens", help="How much to train on, instead.")] = None,
+    out: Annotated[Path | None, _for_train("--out", help="Folder of the model; must not exist.")] = None,
+    size: Annotated[str, _for_train("--size", help="toy, tiny, small, medium or base.")] = Recipe.size,
+    sink: Annotated[str, _for_train("--sink", help="token, zero or none: what idle heads attend to.")] = Recipe.sink,
+    minutes: Annotated[float | None, _for_train("--minutes", help="How long to train, about.")] = None,
+    tokens: Annotated[int | None, _for_train("--tokens", help="How much to train on, instead.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     heldout: Annotated[
-        list[str] | None, one_off("--heldout", help="Text to measure on; the ends of the files if left out.")
+        list[str] | None, _for_train("--heldout", help="Text to measure on; the ends of the files if left out.")
     ] = None,
-    tokenizer: Annotated[Path | None, one_off("--tokenizer", help="tokenizer.json to use, not a new one.")] = None,
-    hidden: Annotated[int | None, one_off("--hidden", help="Width, if not that of the size.")] = None,
-    layers: Annotated[int | None, one_off("--layers", help="Depth, if not that of the size.")] = None,
-    heads: Annotated[int | None, one_off("--heads", help="Heads, if not those of the size.")] = None,
-    kv_heads: Annotated[int | None, one_off("--kv-heads", help="Heads of keys and values.")] = None,
-    intermediate: Annotated[int | None, one_off("--intermediate", help="Width of the feed-forward.")] = None,
-    vocabulary: Annotated[int | None, one_off("--vocabulary", help="Ids of a new tokenizer.")] = None,
-    context: Annotated[int | None, one_off("--context", help="Tokens of a sequence.")] = None,
-    optimizer: Annotated[str, one_off("--optimizer", help="muon or adamw.")] = Recipe.optimizer,
+    tokenizer: Annotated[Path | None, _for_train("--tokenizer", help="tokenizer.json to use, not a new one.")] = None,
+    hidden: Annotated[int | None, _for_train("--hidden", help="Width, if not that of the size.")] = None,
+    layers: Annotated[int | None, _for_train("--layers", help="Depth, if not that of the size.")] = None,
+    heads: Annotated[int | None, _for_train("--heads", help="Heads, if not those of the size.")] = None,
+    kv_heads: Annotated[int | None, _for_train("--kv-heads", help="Heads of keys and values.")] = None,
+    intermediate: Annotated[int | None, _for_train("--intermediate", help="Width of the feed-forward.")] = None,
+    vocabulary: Annotated[int | None, _for_train("--vocabulary", help="Ids of a new tokenizer.")] = None,
+    context: Annotated[int | None, _for_train("--context", help="Tokens of a sequence.")] = None,
+    optimizer: Annotated[str, _for_train("--optimizer", help="muon or adamw.")] = Recipe.optimizer,
     learning_rate: Annotated[
-        float, one_off("--learning-rate", help="At its highest, after the warm-up.")
+        float, _for_train("--learning-rate", help="At its highest, after the warm-up.")
     ] = Recipe.learning_rate,
-    weight_decay: Annotated[float, one_off("--weight-decay", help="Of matrices.")] = Recipe.weight_decay,
-    batch_tokens: Annotated[int, one_off("--batch-tokens", help="Tokens of one step.")] = Recipe.batch_tokens,
-    warmup: Annotated[float, one_off("--warmup", help="Share of the run.")] = Recipe.warmup,
-    final: Annotated[float, one_off("--final", help="Learning rate at the end, as a share.")] = Recipe.final,
-    clip: Annotated[float, one_off("--clip", help="Largest norm of the gradient.")] = Recipe.clip,
+    weight_decay: Annotated[float, _for_train("--weight-decay", help="Of matrices.")] = Recipe.weight_decay,
+    batch_tokens: Annotated[int, _for_train("--batch-tokens", help="Tokens of one step.")] = Recipe.batch_tokens,
+    warmup: Annotated[float, _for_train("--warmup", help="Share of the run.")] = Recipe.warmup,
+    final: Annotated[float, _for_train("--final", help="Learning rate at the end, as a share.")] = Recipe.final,
+    clip: Annotated[float, _for_train("--clip", help="Largest norm of the gradient.")] = Recipe.clip,
     seed: Annotated[int, setting("seed")] = Recipe.seed,
-    train_dtype: Annotated[str, one_off("--train-dtype", help="auto, float32 or bfloat16.")] = Recipe.dtype,
-    save_dtype: Annotated[str, one_off("--save-dtype", help="float32, bfloat16 or float16.")] = SAVE_DTYPES[0],
+    train_dtype: Annotated[str, _for_train("--train-dtype", help="auto, float32 or bfloat16.")] = Recipe.dtype,
+    save_dtype: Annotated[str, _for_train("--save-dtype", help="float32, bfloat16 or float16.")] = SAVE_DTYPES[0],
     compiles: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the model, if there is a C++ compiler.")
     ] = True,
-    measures: Annotated[int, one_off("--measures", help="How often to measure on held-out text.")] = MEASURES,
+    measures: Annotated[int, _for_train("--measures", help="How often to measure on held-out text.")] = MEASURES,
     device: Device = SETTINGS["device"].default,
     json: Json = False,
     quiet: Quiet = False,
@@ -241,7 +245,9 @@ def doctor(
     sinks: Sinks = CacheConfig.sinks,
     window: Window = CacheConfig.window,
     block: Block = CacheConfig.block,
-    results: Annotated[Path, one_off("--results", help="Folder of streamllm eval, to show what is known.")] = OUT,
+    results: Annotated[
+        Path, one_off("--results", help="Folder of streamllm eval, to show what is known.", command="doctor")
+    ] = OUT,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

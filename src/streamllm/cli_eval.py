@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -24,15 +25,17 @@ from streamllm.settings import SETTINGS
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The paper's evaluations, on any model.")
 
+_for_eval = partial(one_off, command="eval")
+
 Files = Annotated[list[str] | None, typer.Argument(metavar="FILES", help="More files, as with --data.")]
 Data = Annotated[
     list[str] | None,
-    one_off(
+    _for_eval(
         "--data", help="Text: .txt or .jsonl, also .xz .gz .bz2 .zst; - is stdin. For arc: questions, or hub:ARC-Easy."
     ),
 ]
-Out = Annotated[Path, one_off("--out", help="Folder of records and figures.")]
-Quick = Annotated[bool, one_off("--quick", help="A trial that takes seconds and proves nothing.")]
+Out = Annotated[Path, _for_eval("--out", help="Folder of records and figures.")]
+Quick = Annotated[bool, _for_eval("--quick", help="A trial that takes seconds and proves nothing.")]
 
 
 _MANNERS = ("json", "quiet", "debug")
@@ -85,7 +88,7 @@ def _command(kind: type[Evaluation]) -> Callable[..., None]:
             hint = next(kind for kind in get_args(hint) if kind is not NoneType) | None
         known = field.name in SETTINGS and "help" not in field.metadata
         words = field.metadata.get("help", "")
-        info = setting(field.name) if known else one_off(flag, help=words)
+        info = setting(field.name) if known else one_off(flag, help=words, command=f"eval_{kind.name}")
         parameters.append(_parameter(field.name, Annotated[hint, info], default))
     parameters += [
         _parameter("out", Out, OUT),
@@ -130,7 +133,9 @@ def _split(name: str, text: str, kind: type) -> tuple[Any, ...]:
 def report(
     ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of records.")] = OUT,
-    out: Annotated[Path | None, one_off("--out", help="The page; FOLDER/report.html if left out.")] = None,
+    out: Annotated[
+        Path | None, one_off("--out", help="The page; FOLDER/report.html if left out.", command="eval_report")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """One page of all records in a folder, to read or to send."""

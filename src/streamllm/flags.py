@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -20,9 +21,10 @@ def setting(name: str) -> Any:
     return typer.Option(*flags, envvar=known.env, help=known.help, metavar=metavar)
 
 
-def one_off(*flags: str, help: str) -> Any:
+def one_off(*flags: str, help: str, command: str) -> Any:
     """A flag that is no setting; its environment variable bears its command's name (STREAMLLM_TRAIN_OUT)."""
-    return typer.Option(*flags, help=help)
+    name = f"STREAMLLM_{command}_{flags[-1][2:]}".upper()
+    return typer.Option(*flags, envvar=re.sub(r"\W", "_", name), help=help)
 
 
 Model = Annotated[str | None, setting("model")]

@@ -151,7 +151,7 @@ class Arc(Evaluation):
             f"{', '.join(rights)}; a guess among the labels is right in {100 * chance['accuracy']:.1f} %."
         )
         words += "".join(
-            _beside(other, methods["streaming"]["hits"], methods[other]["hits"])
+            _beside(other, methods["streaming"]["hits"], methods[other]["hits"], chance["accuracy"])
             for other in methods
             if "streaming" in methods and other != "streaming"
         )
@@ -202,23 +202,24 @@ class Arc(Evaluation):
         return figure
 
 
-def _beside(name: str, ours: Sequence[int | None], theirs: Sequence[int | None]) -> str:
+def _beside(name: str, ours: Sequence[int | None], theirs: Sequence[int | None], chance: float) -> str:
     """Streaming beside another method on the questions that both read: those that one of them alone answers right.
 
-    Were both as good, either would be as likely (McNemar's test).
+    Were both as good, either would be as likely (McNemar's test, exact). Nobody who guesses is better than another.
     """
-    from streamllm.evaluate.share import share
+    from streamllm.evaluate.share import share, sign_test
 
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     if not pairs:
         return ""
     better, worse = (sum(pair == alone for pair in pairs) for alone in ((1, 0), (0, 1)))
     words = f"streaming alone is right on {better:,} and {name} alone on {worse:,} of {len(pairs):,}"
-    if better == worse == 0:
-        return f" Streaming answers as {name} does."
-    _, low, high = share(better, better + worse)
-    how = "better than" if low > 0.5 else "worse than" if high < 0.5 else None
-    return f" Streaming does {how} {name}: {words}." if how else f" Streaming cannot be told from {name}: {words}."
+    knows = any(share(sum(pair[which] for pair in pairs), len(pairs))[1] > chance for which in (0, 1))
+    if sign_test(better, worse) >= 0.05:
+        return f" Streaming cannot be told from {name}: {words}."
+    if not knows:
+        return f" Streaming differs from {name}, but neither knows the answers: {words}."
+    return f" Streaming does {'better' if better > worse else 'worse'} than {name}: {words}."
 
 
 def _percent(found: dict[str, Any]) -> str:

@@ -125,14 +125,21 @@ class CacheSize(Evaluation):
 
     @staticmethod
     def draw(figures: Figures) -> Figure:
-        """Perplexity by size."""
+        """Perplexity by size, as a share of that with the largest."""
         from streamllm.evaluate.figure import COLORS, make_figure
 
         figure, (axes,) = make_figure(f"{figures['sinks']} sinks + window")
-        sizes = figures["sizes"]
-        values = [figures["perplexity"][str(size)] for size in sizes]
-        axes.errorbar(sizes, [v[0] for v in values], whiskers(values), marker="o", capsize=3, color=COLORS["streaming"])
+        sizes, largest = figures["sizes"], figures["sizes"][-1]
+        shares = [figures["ratio"].get(str(size), [1.0, 1.0, 1.0]) for size in sizes]
+        values = [share[0] for share in shares]
+        axes.errorbar(sizes, values, whiskers(shares), marker="o", capsize=3, color=COLORS["streaming"])
+        axes.axhline(1, color="0.7", lw=0.8, zorder=0)
+        for size, value in zip(sizes, values, strict=True):
+            words = f"{figures['perplexity'][str(size)][0]:.4g}"
+            axes.annotate(words, (size, value), xytext=(8, 8), textcoords="offset points", fontsize="small")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.set(xlabel="tokens cached", ylabel="perplexity (interval over texts)")
+        axes.margins(0.1)
+        title = f"perplexity, and as a share of that with {largest}"
+        axes.set(title=title, xlabel="tokens cached", ylabel="ratio, same tokens")
         return figure

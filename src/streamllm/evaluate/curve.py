@@ -108,6 +108,15 @@ class Curve:
             setattr(found, name, getattr(self, name)[-stretches:])
         return found
 
+    @classmethod
+    def of_stretches(cls, curves: Sequence[Curve]) -> Curve:
+        """One curve of several that are a stretch long each."""
+        found = cls(0)
+        found.stretch, found.done = curves[0].stretch, sum(curve.done for curve in curves)
+        for name in ("losses", "seconds", "cache_bytes", "memory_bytes"):
+            setattr(found, name, [value for curve in curves for value in getattr(curve, name)])
+        return found
+
     def interval(self) -> list[float | None]:
         """The perplexity and its confidence interval, over other stretches of such text; ``None``: too few of them."""
         return [self.perplexity, *_bootstrap(self.means, self.counts)]

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from streamllm.atomic import write_atomically
 from streamllm.cache import SinkCache
 from streamllm.config import PREFILL_CHUNK
 from streamllm.console import Screen, Signals, read_stdin
-from streamllm.errors import StateError
+from streamllm.errors import InputError, StateError
 from streamllm.evaluate.curve import Curve
 from streamllm.evaluate.memory import held_bytes
 from streamllm.evaluate.scores import Ids, score_stream
@@ -95,12 +96,14 @@ class Desk:
         return text
 
     def piped(self) -> Iterator[str]:
-        """What comes through standard input, unless it is a terminal.
+        """What comes through standard input.
 
         Raises:
-            InputError: the bytes are not UTF-8.
+            InputError: there is no pipe, or the bytes are not UTF-8.
             Interrupted: a signal came.
         """
+        if sys.stdin is None or sys.stdin.isatty():
+            raise InputError("Nothing is piped into standard input: name a file, or pipe text in.")
         yield from read_stdin(self.signals, lambda: None if self.screen.is_quiet else self.screen.line(WAITS))
         self.advance(0, "")
 

@@ -226,7 +226,7 @@ class Drift(Evaluation):
             for words, times in (
                 ("keys", growth[name]),
                 ("pinned keys", _times(p[-1]["pinned"]["mean"], p[0]["pinned"]["mean"])),
-                ("logits", _times(p[-1]["logits"]["max"], p[-1]["logits"]["floor"]) / LOGITS * GROWTH),
+                ("logits", max(_times(q["logits"]["max"], q["logits"]["floor"]) for q in p) / LOGITS * GROWTH),
             )
             if times > GROWTH
         ]
@@ -242,6 +242,12 @@ class Drift(Evaluation):
             f"positions (at most {turns} in the life of a key) keys are off by {_spell(off)} single roundings, "
             f"{_spell(growth)} times the error at the start: {outcome}. Pinned keys, which are turned at every "
             f"eviction, are off by {_spell(pinned)}.",
+        ]
+        sentences += [
+            f"Logits in {name} are off by {max(p['logits']['max'] for p in found):.1e} at most, and at least "
+            f"{100 * min(p['logits']['agree'] for p in found):.0f} % of the {PROBE} tokens read at a checkpoint have "
+            "the same top token."
+            for name, found in points.items()
         ]
         sentences += [
             f"In {name} values, or keys that never move, have changed: the cache is broken."

@@ -2,8 +2,8 @@
 
 Protocol of the paper: the loss of every token counts, the warm-up included; the cache is carried across documents.
 The head of the text, which every method reads as far as it can, shows where they part; the rest is read by those whose
-memory is bounded. Whether the stream wears out is told by its last tenth, which a fresh stream with the same sinks
-reads, too: perplexities of other passages differ because the passages do.
+memory is bounded. Whether the stream wears out is told by its last tenth, which fresh streams with the same sinks
+read, too, one for each stretch: perplexities of other passages differ because the passages do.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from streamllm.evaluate.methods import DENSE_CONTEXTS, METHODS, cache_maker, che
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from streamllm.cache import SinkCache
     from streamllm.evaluate.desk import Desk
 
 WORN = 1.01
-"""The end of a stream has worn out if its perplexity is so many times that of a fresh one, or surely more than it."""
+"""The end of a stream has worn out if its perplexity is surely so many times that of fresh ones."""
 
 ONLY_HEAD = ("dense", "recompute")
 """Methods that do not read the whole text: one would fill the memory, the other takes too long."""
@@ -87,10 +88,8 @@ class Perplexity(Evaluation):
         makers = {m: cache_maker(m, desk.model, self.sinks, window, self.block) for m in self.methods}
         endless = [m for m in self.methods if m not in ONLY_HEAD] if total > head else []
         steps = sum(limits.get(m, head) - 1 for m in self.methods) + len(endless) * (total - 1)
-        stretch = Curve(total - 1).stretch
-        last = -(-(total - 1) // stretch) // 10 if "streaming" in endless else 0  # stretches of the last tenth
-        begin = (-(-(total - 1) // stretch) - last) * stretch - fitted.capacity
-        steps += self.sinks + total - 1 - begin if last else 0
+        fresh = _fresh_parts(total - 1, fitted) if "streaming" in endless else []
+        steps += sum(self.sinks + end - begin for begin, _, end in fresh)
         found: Figures = {
             "tokens": total,
             "files": text.files,
@@ -108,16 +107,20 @@ class Perplexity(Evaluation):
             if endless:
                 curves = {m: desk.stream(m, text.ids, makers[m], step=self.step) for m in endless}
                 found["stream"] = {"tokens": total, "methods": _compare(curves), "last_tenth": None}
-            if last:
-                fresh = desk.stream(
-                    "streaming, fresh",
-                    np.concatenate([text.ids[:, : self.sinks], text.ids[:, begin:]], axis=1),
-                    makers["streaming"],
-                    step=self.step,
-                    points=total - 1,
-                    skip=self.sinks + fitted.capacity,
-                )
-                found["stream"]["last_tenth"] = curves["streaming"].tail(last).ratio(fresh)
+            if fresh:
+                parts = [
+                    desk.stream(
+                        f"fresh stream at {first}",
+                        np.concatenate([text.ids[:, : self.sinks], text.ids[:, begin : end + 1]], axis=1),
+                        makers["streaming"],
+                        step=self.step,
+                        points=total - 1,
+                        skip=self.sinks + first - begin,
+                    )
+                    for begin, first, end in fresh
+                ]
+                last = curves["streaming"].tail(len(parts))
+                found["stream"]["last_tenth"] = last.ratio(Curve.of_stretches(parts))
         return found
 
     @staticmethod
@@ -163,10 +166,12 @@ class Perplexity(Evaluation):
         ]
         fresh = part.get("last_tenth")
         if fresh:
-            worn = "it wears out" if bounds(fresh)[0] > 1 else "it does not wear out" if bounds(fresh)[1] < WORN else ""
+            worn = (
+                "it wears out" if bounds(fresh)[0] > WORN else "it does not wear out" if bounds(fresh)[1] < WORN else ""
+            )
             sentences.append(
-                f"Its last tenth has {spell_interval(fresh, 4)} times the perplexity that a fresh stream with the same "
-                f"sinks has there{f': {worn}' if worn else ''}."
+                f"Its last tenth has {spell_interval(fresh, 4)} times the perplexity of fresh streams with the same "
+                f"sinks{f': {worn}' if worn else ''}."
             )
         for name in METHODS:
             some = next((p["methods"][name] for p in (part, figures["head"]) if name in p["methods"]), None)
@@ -218,6 +223,26 @@ class Perplexity(Evaluation):
                 times.set_ylim(0, 1.1 * times.get_ylim()[1])
             losses.legend(fontsize="small")
         return figure
+
+
+def _fresh_parts(losses: int, cache: SinkCache) -> list[tuple[int, int, int]]:
+    """Where fresh streams begin, count from, and end, for each stretch of the last tenth of ``losses``.
+
+    Each evicts and restarts its positions at the same tokens as the long stream, because how many tokens are seen, and
+    where, changes with these.
+    """
+    from streamllm.evaluate.curve import Curve
+
+    sinks, block, stretch = cache.config.sinks, cache.config.block, Curve(losses).stretch
+    period = ((cache.spec.limit - cache.capacity) // block + 1) * block
+    count = -(-losses // stretch)
+    parts = []
+    for first in range((count - count // 10) * stretch, losses, stretch):
+        begin = sinks + (first - cache.capacity - 2 * sinks) // period * period
+        if begin < sinks:
+            return []
+        parts.append((begin, first, min(first + stretch, losses)))
+    return parts
 
 
 def _compare(curves: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,13 @@ from __future__ import annotations
 import math
 
 
+def sign_test(a: int, b: int) -> float:
+    """How likely a split at least as uneven as ``a`` to ``b`` is, were both as likely (exact, two-sided)."""
+    count, few = a + b, min(a, b)
+    ways: int = sum(math.comb(count, k) for k in range(few + 1))
+    return min(1.0, 2 * ways / (1 << count))
+
+
 def share(hits: int, count: int) -> list[float]:
     """A share of successes and its confidence interval (Wilson's, which stays honest at 0 and 1)."""
     if not count:

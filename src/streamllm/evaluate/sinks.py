@@ -127,7 +127,7 @@ class Sinks(Evaluation):
             if least == "0":
                 return f"This model does not need sinks: {words}."
             return f"{least} initial tokens are enough, fewer were not tried: {words}."
-        if bounds(ratios[least])[0] <= 1:
+        if bounds(ratios[least])[0] <= TOLERANCE:
             return f"Whether this model needs sinks cannot be told on this text: {words}."
         enough = next((name for name in kept if bounds(ratios[name])[1] <= TOLERANCE), None)
         tokens = {"1": "first token", None: f"first {most} tokens or more"}.get(enough, f"first {enough} tokens")

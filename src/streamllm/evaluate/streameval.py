@@ -205,7 +205,9 @@ class StreamEval(Evaluation):
                 "--distances, or widen it with --window."
             )
         near, far = share(*inside), share(*beyond)
-        right = f"{_percent(near)} of the queries about lines inside the window of {window:,} tokens"
+        rates = [found["accuracy"][0] for found in methods[main].values() if found["held"] == INSIDE]
+        spread = f" ({min(rates):.0%} to {max(rates):.0%} by distance)" if len(rates) > 1 else ""
+        right = f"{_percent(near)} of the queries about lines inside the window of {window:,} tokens{spread}"
         guess = f"chance is {100 * chance:.{max(0, round(-math.log10(chance)) - 2)}f}%"
         if near[1] < ABLE:
             able = "cannot do the task" if near[1] <= chance else "does not surely do the task"
@@ -218,7 +220,7 @@ class StreamEval(Evaluation):
             return f"{words} ({guess}); no line that was asked for lies beyond the cache."
         if far[1] > chance:
             end = "which is more than chance"
-        elif far[2] > FORGOTTEN:
+        elif far[2] > max(FORGOTTEN, 2 * chance):
             end = "too few queries to tell whether it is forgotten"
         else:
             end = "what has left the cache is forgotten"
@@ -240,7 +242,7 @@ class StreamEval(Evaluation):
             rates = [found["accuracy"] for _, found in asked]
             errors = [[max(0.0, r[0] - r[1]) for r in rates], [max(0.0, r[2] - r[0]) for r in rates]]  # rounding
             # Where nothing is lost, the window's line lies on that of the stream.
-            style = {"color": COLORS[method], "ls": "--" if method == "window" else "-", "marker": "o"}
+            style: dict[str, Any] = {"color": COLORS[method], "ls": "--" if method == "window" else "-", "marker": "o"}
             table.errorbar(places, [r[0] for r in rates], errors, capsize=3, label=method, **style)
             if asked:
                 _draw_along(along, asked[0][1], label=f"{method}, {asked[0][0]} lines back", **style)
