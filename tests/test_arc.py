@@ -429,7 +429,7 @@ def test_table_and_verdict_say_what_was_found() -> None:
     verdict = Arc.verdict(figures)
     assert "streaming 80.0 % (71.1-86.7), window 20.0 % (13.3-28.9)" in verdict
     assert "a guess among the labels is right in 25.0 %" in verdict
-    assert "Streaming answers as one-shot does." in verdict
+    assert "Streaming cannot be told from one-shot: streaming alone is right on 0 and one-shot alone on 0 of" in verdict
     assert "Streaming does better than window: streaming alone is right on 60 and window alone on 0 of 100." in verdict
     assert "Streaming cannot be told from dense: streaming alone is right on 0 and dense alone on 1 of 5." in verdict
     assert "No method" not in verdict
@@ -437,6 +437,8 @@ def test_table_and_verdict_say_what_was_found() -> None:
     assert "Streaming does worse than one-shot: streaming alone is right on 0 and one-shot alone on 60 of 100." in worse
     near = Arc.verdict(made_figures(streaming=[1, 0, 1, 0, 1, 0], window=[0, 1, 0, 1, 1, None]))
     assert "Streaming cannot be told from window: streaming alone is right on 2 and window alone on 2 of 5." in near
+    guesses = made_figures(streaming=[1, 0, 0, 0, 0] * 20, window=[0] * 100)
+    assert "Streaming differs from window, but neither knows the answers: streaming alone" in Arc.verdict(guesses)
     lost = Arc.verdict(made_figures(streaming=bad, window=bad))
     assert "No method is surely better than a guess" in lost
     assert "streaming 1.80, window 1.80 nats, a guess 1.39" in lost

@@ -242,6 +242,15 @@ def test_every_flag_names_its_environment_variable() -> None:
         assert f"STREAMLLM_{name}" in text
 
 
+def test_no_environment_variable_takes_the_place_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: by hand; images of containers set variables like these."""
+    for name in ("VERSION", "HELP", "CONFIG_HELP"):
+        monkeypatch.setenv(f"STREAMLLM_{name}", "1")
+    code, out, _ = run("config")
+    assert code == 0
+    assert "window" in out
+
+
 # ---- as a process of its own
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from streamllm.evaluate.curve import SHORTEST, STRETCHES, Curve
-from streamllm.evaluate.share import share
+from streamllm.evaluate.share import share, sign_test
 
 
 def fill(losses: np.ndarray, tokens: int | None = None, *, parts: int = 7) -> Curve:
@@ -113,6 +113,13 @@ def test_an_interval_is_honest_about_passages_that_are_alike() -> None:
 def test_a_share_has_wilsons_interval(hits: int, count: int, low: float, high: float) -> None:
     """Reference: E. B. Wilson's interval as tabulated (81 of 263: Newcombe 1998, 0.2553 to 0.3662)."""
     assert share(hits, count) == pytest.approx([hits / count, low, high], abs=6e-5)
+
+
+@pytest.mark.parametrize(("a", "b", "p"), [(0, 0, 1), (1, 0, 1), (5, 0, 0.0625), (9, 1, 0.021484375), (6, 6, 1)])
+def test_a_sign_test_is_exact(a: int, b: int, p: float) -> None:
+    """Reference: tables of the binomial distribution; the order does not matter."""
+    assert sign_test(a, b) == sign_test(b, a) == pytest.approx(p)
+    assert sign_test(100 * a, 100 * b) <= p
 
 
 def test_a_share_of_nothing_is_unknown() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from families import FAMILIES, TRAINED, VOCAB, Family
 from streamllm import SinkCache
 from streamllm.decode import DecodeStep, why_not
-from streamllm.errors import UnsupportedModelError
+from streamllm.errors import CacheError, UnsupportedModelError
 
 SHAPE = (3, 12, 5)
 """Sinks, window, block: 120 tokens see twenty evictions."""
@@ -98,6 +98,52 @@ def test_steps_and_usual_forwards_may_take_turns() -> None:
             by_step = number // 7 % 2 == 0
             logits = step(token) if by_step else model(token, past_key_values=cache).logits[:, -1]
             torch.testing.assert_close(logits, usual[:, number], rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_poisoned_stream_leaves_behind_does_no_harm() -> None:
+    """Reference: the usual forward after a reset; zero times NaN would be NaN."""
+    model = next(iter(FAMILIES.values())).make(dtype=torch.float32, trained=SHORT)
+    cache, ids = SinkCache(model, *SHAPE), draw(10)
+    with torch.no_grad():
+        model(draw(15), past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys.fill_(torch.nan)
+            layer.values.fill_(torch.nan)
+        cache.reset()
+        model(ids[:, :5], past_key_values=cache)
+        step = DecodeStep(model, cache, compiles=False)
+        assert all(step(token).isfinite().all() for token in ids[:, 5:].split(1, 1))
+
+
+def test_a_longer_head_may_be_pinned_between_steps() -> None:
+    """Reference: the usual forward through a cache whose head was as long from the first token."""
+    model = next(iter(FAMILIES.values())).make(dtype=torch.float32, trained=SHORT)
+    cache, usual, ids = SinkCache(model, *SHAPE), SinkCache(model, *SHAPE), draw(60)
+    usual.pin(6)
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache)
+        model(ids[:, :8], past_key_values=usual)
+        step = DecodeStep(model, cache, compiles=False)
+        for number, token in enumerate(ids[:, 8:].split(1, 1)):
+            if number == 2:
+                cache.pin(6)
+            want = model(token, past_key_values=usual).logits[:, -1]
+            torch.testing.assert_close(step(token), want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_step_cannot_read_is_refused() -> None:
+    """Reference: by hand; the cache can be used afterwards."""
+    model = next(iter(FAMILIES.values())).make(dtype=torch.float32, trained=SHORT)
+    cache = SinkCache(model, *SHAPE)
+    step = DecodeStep(model, cache, compiles=False)
+    with pytest.raises(CacheError, match="read the prompt by the model first"):
+        step(draw(1))
+    with torch.no_grad():
+        model(draw(5), past_key_values=cache)
+    for ids in (draw(2), draw(1, rows=2)):
+        with pytest.raises(CacheError, match=r"reads one id of 1 rows, not \("):
+            step(ids)
+    assert step(draw(1)).shape == (1, VOCAB)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch, of itself

@@ -370,6 +370,9 @@ def test_the_verdict_says_what_the_model_can_do() -> None:
     assert "and 0.0% (0.0-3.7) of those about lines beyond the cache (chance is 0.001%)" in said
     assert said.endswith("what has left the cache is forgotten.")
     assert say(streaming={"5": near, "20": summary(9, 99, 300)}).endswith("which is more than chance.")
+    assert "window of 100 tokens (90% to 97% by distance), and" in say(
+        streaming={"5": near, "9": summary(90, 100, 80), "20": far}
+    )
     few = say(streaming={"5": near, "20": summary(0, 9, 300)})
     assert few.endswith("too few queries to tell whether it is forgotten.")
     assert say(streaming={"5": summary(2, 2, 60), "20": far}).startswith("This model does not surely do the task: ")

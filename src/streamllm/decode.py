@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from streamllm.cache import SinkCache
-from streamllm.errors import UnsupportedModelError
+from streamllm.errors import CacheError, UnsupportedModelError
 from streamllm.layer import SinkLayer
 
 
@@ -40,7 +40,7 @@ class DecodeStep:
         self._layers = [layer for layer in cache.layers if isinstance(layer, SinkLayer)]
         self._ledger = self._layers[0].ledger
         self._column = torch.zeros(1, dtype=torch.long, device=model.device)
-        self._mask = torch.empty((len(cache.rows), 1, 1, self._ledger.slots), dtype=model.dtype, device=model.device)
+        self._mask = torch.empty((len(cache.rows), 1, 1, 0), dtype=model.dtype, device=model.device)
         self._shown: tuple[list[int], int] = ([], 0)  # where each row begins in the mask, and where it ends
 
         def step(ids: Tensor, positions: Tensor, mask: Tensor, column: Tensor, storage: list[Any]) -> Tensor:
@@ -58,8 +58,13 @@ class DecodeStep:
         """Read ids [B, 1]; the logits [B, V] after them.
 
         Raises:
-            CacheError: the cache was broken off, or belongs to another model.
+            CacheError: nothing was read before, the ids are of another shape, or the cache was broken off or belongs to
+                another model.
         """
+        if not all(layer.is_initialized for layer in self._layers):
+            raise CacheError("A decode step needs a cache that has read something: read the prompt by the model first.")
+        if ids.shape != (len(self.cache.rows), 1):
+            raise CacheError(f"A decode step reads one id of {len(self.cache.rows)} rows, not {tuple(ids.shape)}.")
         supplied = self.cache.enter(self.decoder, ids, None, [True] * len(ids), are_ids=True)
         self._show()
         storage = [(layer.keys, layer.values) for layer in self._layers]
@@ -68,19 +73,28 @@ class DecodeStep:
         for layer in self._layers:
             layer.last = self._ledger.span
         self.cache.leave()
-        return logits
+        return logits.clone()  # a CUDA graph writes its results into the same place again
 
     def _show(self) -> None:
         """Show each row its columns, and the one that is to be written."""
         ledger = self._ledger
         starts, end = [row.start for row in ledger.rows], ledger.end
         self._column.fill_(end)
+        if self._mask.shape[-1] != ledger.slots:  # a longer head was pinned
+            self._mask = self._mask.new_empty((*self._mask.shape[:-1], ledger.slots))
+            self._shown = ([], 0)
         if self._shown == (starts, end - 1):
             self._mask[..., end] = 0
         else:
             self._mask.fill_(torch.finfo(self._mask.dtype).min)
             for row, start in enumerate(starts):
                 self._mask[row, ..., start : end + 1] = 0
+                # What is hidden must be finite: it is read, with a weight of zero.
+                for layer in self._layers:
+                    for stored in (layer.keys, layer.values):
+                        assert stored is not None
+                        stored[row, :, :start] = 0
+                        stored[row, :, end:] = 0
         self._shown = (starts, end)
 
 
