@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pieces", type=int, default=10, help="of the text (default: %(default)s)")
     parser.add_argument("--piece", type=int, default=1024, help="tokens of one (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a trial that proves nothing")
     parser.add_argument("--out", type=Path, help="record (default: docs/results/blocks.json)")
     options = parser.parse_args(argv)
