@@ -7,7 +7,6 @@ the other in long steps over evictions. They take turns piece by piece, and the 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from place import STORIES, begin, target_path
+from place import STORIES, begin, finish
 from target import Target, print_targets
 
 from streamllm import models
@@ -89,10 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     record.figures["targets"] = [target.to_dict() for target in targets]
     print_targets(targets)
-    path = target_path("blocks", options.out, quick=options.quick)
-    if path is not None:
-        record.save(path)
-    print(json.dumps(record.to_dict()))
+    finish(record, options.out, quick=options.quick)
 
 
 if __name__ == "__main__":

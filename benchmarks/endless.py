@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from place import STORIES, begin, target_path
+from place import STORIES, begin, finish
 from target import Target, print_targets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -255,10 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures, targets = measure(model, tokenizer, setting)
     record.figures.update(figures)
     show(figures, targets)
-    out = target_path("endless", options.out, quick=options.quick)
-    if out is not None:
-        record.save(out)
-    print(json.dumps(record.to_dict()))
+    finish(record, options.out, quick=options.quick)
 
 
 if __name__ == "__main__":

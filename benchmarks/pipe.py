@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO
 
-from place import STORIES, begin, target_path
+from place import STORIES, begin, finish
 from target import Target, print_targets
 
 from streamllm.evaluate.memory import rss_bytes
@@ -199,10 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     early, late, peak = (figures[f"rss_{name}_bytes"] / MEGABYTE for name in ("early", "late", "peak"))
     print(f"RSS {early:.1f} MB early, {late:.1f} MB late, {peak:.1f} MB at most\n")
     print_targets(targets)
-    out = target_path("pipe", options.out, quick=options.quick)
-    if out is not None:
-        record.save(out)
-    print(json.dumps(record.to_dict()))
+    finish(record, options.out, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,3 +31,11 @@ def target_path(name: str, out: Path | None, *, quick: bool) -> Path | None:
     if out is not None:
         return out
     return None if quick else RESULTS / f"{name}.json"
+
+
+def finish(record: Record, out: Path | None, *, quick: bool) -> None:
+    """Write the record to its ``target_path``, and print it as the last line."""
+    path = target_path(record.name, out, quick=quick)
+    if path is not None:
+        record.save(path)
+    print(json.dumps(record.to_dict()))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -28,7 +27,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from place import begin, target_path
+from place import begin, finish
 from raw_cache import RawCache
 from target import Target, print_targets
 from tokenizers import Tokenizer, models
@@ -452,10 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures, targets = measure(setting, options.rounds, options.prefill_rounds, options.attention)
     record.figures.update(figures)
     show(figures, targets)
-    out = target_path("speed", options.out, quick=options.quick)
-    if out is not None:
-        record.save(out)
-    print(json.dumps(record.to_dict()))
+    finish(record, options.out, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from place import begin, target_path
+from place import begin, finish
 from target import Target, print_targets
 
 from streamllm.checkpoint import EMBEDDED
@@ -107,10 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:<42}{cells}")
     print(f"\ntorch or transformers loaded by --help: {', '.join(modules) or 'no'}\n")
     print_targets(targets)
-    out = target_path("startup", options.out, quick=options.quick)
-    if out is not None:
-        record.save(out)
-    print(json.dumps(record.to_dict()))
+    finish(record, options.out, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ taking turns with the training steps. Tokens are random: the time of a step does
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from place import begin, target_path
+from place import begin, finish
 from target import Target, print_targets
 from transformers import AutoConfig
 
@@ -131,10 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     record.figures.update(runs=found, targets=[target.to_dict() for target in targets])
     print_targets(targets)
-    out = target_path("training", options.out, quick=options.quick)
-    if out is not None:
-        record.save(out)
-    print(json.dumps(record.to_dict()))
+    finish(record, options.out, quick=options.quick)
 
 
 if __name__ == "__main__":
