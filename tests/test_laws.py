@@ -538,9 +538,9 @@ def test_bytes_are_constant_from_the_first_eviction_on(family: Family, dtype: to
         with torch.no_grad():
             model(part.expand(rows, -1), past_key_values=cache)
         layers = [layer for layer in cache.layers if isinstance(layer, SinkLayer)]
-        storages.add(tuple((layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers))
+        storages.add(tuple(store.data.data_ptr() for layer in layers for store in layer.stores or ()))
         for layer in layers:
-            assert layer.keys.shape[2] == layer.values.shape[2] == layer.ledger.slots
+            assert {store.columns for store in layer.stores or ()} == {layer.ledger.slots}
         if cache.tokens_evicted:
             sizes.add(cache.bytes)
     assert cache.tokens_evicted > 0

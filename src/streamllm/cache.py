@@ -26,6 +26,7 @@ from streamllm.layer import RecurrentLayer, SinkLayer
 from streamllm.ledger import Ledger, Row, Span
 from streamllm.mask import crossing_mask, next_positions, padding_mask
 from streamllm.spec import LayerSpec, ModelSpec, inspect_model
+from streamllm.store import STORES
 
 
 class SinkCache(Gated):
@@ -44,6 +45,7 @@ class SinkCache(Gated):
         batch_size: rows; each is a stream of its own age.
         reread: re-read the kept tokens at each eviction instead of moving keys; ``None``: only where the model needs
             it (learned positions).
+        kv_dtype: "int8" keeps keys and values in eight bits each, "auto" in the model's dtype.
 
     Raises:
         ConfigError: an option is out of range, or the cache would be longer than the model was trained for.
@@ -58,6 +60,7 @@ class SinkCache(Gated):
         block: int = CacheConfig.block,
         batch_size: int = 1,
         reread: bool | None = CacheConfig.reread,
+        kv_dtype: str = CacheConfig.kv_dtype,
     ) -> None:
         if isinstance(model_or_spec, ModelSpec):
             self.spec = model_or_spec
@@ -65,7 +68,7 @@ class SinkCache(Gated):
             self.spec = inspect_model(model_or_spec)
             attach(model_or_spec, self.spec.fingerprint)
         check_count("batch_size", batch_size, 1)
-        self.config = fit_config(CacheConfig(sinks, window, block, reread), self.spec)
+        self.config = fit_config(CacheConfig(sinks, window, block, reread, kv_dtype), self.spec)
         self._build(batch_size)
         super().__init__(layers=[self._layer(layer) for layer in self.spec.layers])
 
@@ -93,7 +96,8 @@ class SinkCache(Gated):
         if layer.kind == "shared":
             return DummyLayer()
         is_sliding = layer.kind == "sliding"
-        return SinkLayer(self._ledger(layer), (layer.keys, layer.values), is_sliding=is_sliding)
+        store = STORES[self.config.kv_dtype]
+        return SinkLayer(self._ledger(layer), (layer.keys, layer.values), is_sliding=is_sliding, store=store)
 
     def _ledger(self, layer: LayerSpec) -> Ledger:
         return self._sliding[layer.window or 0] if layer.kind == "sliding" else self._main
@@ -148,12 +152,13 @@ class SinkCache(Gated):
     @property
     def bytes_when_full(self) -> int:
         """Bytes that ``bytes`` will reach, known beforehand (recurrent states of linear layers not counted)."""
-        total = 0
+        total, store = 0, STORES[self.config.kv_dtype]
         for layer in self.spec.layers:
             if layer.kind in ("sink", "sliding"):
                 ledger = self._ledger(layer)
                 pristine = 0 if self._rereads else max(row.pinned for row in ledger.rows)
-                total += len(ledger.rows) * (ledger.slots + pristine) * layer.bytes_per_token
+                column = store.bytes_per_column(layer.bytes_per_token, self.spec.itemsize, layer.vectors)
+                total += len(ledger.rows) * (ledger.slots * column + pristine * layer.bytes_per_token)
         return total
 
     @property
@@ -289,13 +294,10 @@ class SinkCache(Gated):
             "unread": self.unread,
         }
         tensors = {}
-        for index, named in enumerate(self._tensors()):
-            layer = self.layers[index]
-            for name, tensor in named.items():
-                part = tensor
-                if isinstance(layer, SinkLayer) and name in ("keys", "values"):
-                    part = tensor[:, :, layer.ledger.low : layer.ledger.end]
-                tensors[f"{index}.{name}"] = part
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, (SinkLayer, RecurrentLayer)):
+                named = layer.used() if isinstance(layer, SinkLayer) else layer.tensors()
+                tensors.update({f"{index}.{name}": tensor for name, tensor in named.items()})
         return header, tensors
 
     @classmethod

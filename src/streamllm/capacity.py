@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamllm.config import DEFAULT_WINDOW, MAX_TURNS, CacheConfig
+from streamllm.config import DEFAULT_WINDOW, MAX_TURNS, MAX_TURNS_INT8, CacheConfig
 from streamllm.errors import ConfigError
 from streamllm.spec import ModelSpec
 
@@ -49,25 +49,27 @@ def check_capacity(pinned: int, config: CacheConfig, spec: ModelSpec) -> None:
             f"{promise} {pinned} pinned + window {config.window} + block {config.block} - 1 = {capacity} tokens; use a "
             f"window of at most {limit - pinned - config.block + 1}, or a smaller block."
         )
-    _check_turns(pinned, config.window, config.block, spec)
+    _check_turns(pinned, config, spec)
 
 
-def _check_turns(pinned: int, window: int, block: int, spec: ModelSpec) -> None:
-    """Refuse a cache that would turn half-precision keys so often that rounding eats them."""
+def _check_turns(pinned: int, config: CacheConfig, spec: ModelSpec) -> None:
+    """Refuse a cache that would turn coarse keys so often that rounding eats them."""
+    block, dtype = config.block, spec.fingerprint.dtype.removeprefix("torch.")
+    most = MAX_TURNS if dtype in ("bfloat16", "float16") else None
+    if config.kv_dtype == "int8":
+        most, dtype = MAX_TURNS_INT8, "int8"
 
     def turns(window: int) -> int:
         spare = spec.limit - (pinned + window + block - 1)
         return window // ((spare // block + 1) * block)
 
-    if spec.positions != "rotary" or spec.fingerprint.dtype not in ("torch.bfloat16", "torch.float16"):
-        return
-    if turns(window) > MAX_TURNS:
-        good = next((w for w in range(window, 0, -1) if turns(w) <= MAX_TURNS), 1)
+    assert config.window is not None
+    if spec.positions == "rotary" and most is not None and turns(config.window) > most:
+        good = next((w for w in range(config.window, 0, -1) if turns(w) <= most), 1)
         raise ConfigError(
-            f"In {spec.fingerprint.dtype.removeprefix('torch.')} a key would be rotated back {turns(window)} times "
-            f"while it is cached, and rounded each time (up to {MAX_TURNS} do no harm): positions restart too often, "
-            f"because the cache nearly fills the {spec.limit} positions; use a window of at most {good}, a larger "
-            "block, or float32."
+            f"In {dtype} a key would be rotated back {turns(config.window)} times while it is cached, and rounded each "
+            f"time (up to {most} do no harm): positions restart too often, because the cache nearly fills the "
+            f"{spec.limit} positions; use a window of at most {good}, a larger block, or keys in float32."
         )
 
 

@@ -16,6 +16,9 @@ OnEnd = Literal["stop", "pass", "ban"]
 
 ON_END: tuple[OnEnd, ...] = ("stop", "pass", "ban")
 
+KV_DTYPES = ("auto", "int8")
+"""How keys and values can be kept."""
+
 DEFAULT_WINDOW = 1020
 """Window in tokens where the trained length allows it (paper, section 4: 4 + 1020)."""
 
@@ -25,6 +28,9 @@ UNKNOWN_TRAINED_LENGTH = 2048
 MAX_TURNS = 32
 """Times that a key may be rotated back in half precision while it is cached. Measured on bf16: the logits of 32 turns
 are as far from exact ones as those of none, those of 500 are garbage, since small turns round to nothing each time."""
+
+MAX_TURNS_INT8 = 4
+"""The same for keys in eight bits, which are coarser to begin with."""
 
 PREFILL_CHUNK = 256
 """Tokens read in one forward while a prompt crosses evictions; 64, one block, would leave half the machine idle."""
@@ -58,6 +64,7 @@ class CacheConfig(_Shown):
         reread: rebuild the cache by re-reading the kept tokens at each eviction instead of moving keys. Needed by
             models whose positions are part of their hidden states; with ``block=1`` on any model it is the paper's
             "sliding window with re-computation". ``None``: only where the model needs it.
+        kv_dtype: how keys and values are kept: "auto", in the model's dtype, or "int8", in a quarter to a half of that.
 
     Raises:
         ConfigError: a value is out of range.
@@ -67,9 +74,12 @@ class CacheConfig(_Shown):
     window: int | None = None
     block: int = 64
     reread: bool | None = None
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         check_count("sinks", self.sinks, 0)
+        if self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, you gave {self.kv_dtype!r}.")
         if self.window is not None:
             check_count("window", self.window, 1)
         check_count("block", self.block, 1)

@@ -57,6 +57,7 @@ class LayerSpec:
         window: the model's own sliding window in tokens, if it has one.
         keys, values: how each is rotated; ``None`` where it does not move.
         bytes_per_token: bytes of one token's keys and values.
+        vectors: of which these consist: heads of keys and heads of values.
         states: recurrent states of a linear layer.
     """
 
@@ -65,6 +66,7 @@ class LayerSpec:
     keys: Rotation | None = None
     values: Rotation | None = None
     bytes_per_token: int = 0
+    vectors: int = 0
     states: int = 1
 
 
@@ -107,6 +109,12 @@ class ModelSpec:
         """Most tokens that the cache may hold: the trained length, or the model's own window if all layers have one."""
         windows = [layer.window for layer in self.layers if layer.kind == "sink" and layer.window]
         return min([self.trained_length or UNKNOWN_TRAINED_LENGTH, *windows])
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number of the model's dtype."""
+        dtype: torch.dtype = getattr(torch, self.fingerprint.dtype.removeprefix("torch."))
+        return dtype.itemsize
 
     @property
     def reread(self) -> bool:
@@ -243,7 +251,8 @@ class _Probe:
                 found.append(rotation)
                 residuals.append(residual)
             size = sum(t[0, :, 0].numel() * t.element_size() for t in (stored.keys, stored.values))
-            layers.append((LayerSpec(kind.kind, kind.window, found[0], found[1], size), max(residuals)))
+            vectors = stored.keys.shape[1] + stored.values.shape[1]
+            layers.append((LayerSpec(kind.kind, kind.window, found[0], found[1], size, vectors), max(residuals)))
         worst = max(residual for _, residual in layers)
         return layers, worst, any(layer.keys or layer.values for layer, _ in layers)
 
