@@ -19,7 +19,6 @@ from streamllm.ledger import Evict, Ledger, Move, Rotate, Span, Step
 from streamllm.rope import Rotation
 from streamllm.store import Store
 
-
 _ALL = slice(None)
 _NAMES = ("keys", "values")
 

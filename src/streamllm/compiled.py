@@ -1,0 +1,142 @@
+"""A module of fixed shapes, compiled once and kept on disk: the second start takes a second, not a minute.
+
+On a processor it is exported and compiled ahead of time, to a file in the user's cache folder that holds code but no
+weights. On an accelerator ``torch.compile`` does the same with CUDA graphs, and keeps its own cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import streamllm
+from streamllm.atomic import replacing
+
+KEPT = 32
+"""Compiled modules kept on disk; the one unused for longest makes room."""
+
+_CONFIG = {
+    "aot_inductor.package_constants_in_so": False,
+    # Inputs of a matrix are computed once, not again for each of its rows.
+    "realize_reads_threshold": 1,
+    "realize_opcount_threshold": 1,
+}
+
+
+def compile_module(module: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return ``module`` as a function of arguments with the shapes of ``args``, which compute nothing yet.
+
+    The weights stay where they are: a change in place is seen, a new tensor in its place is not.
+
+    Raises:
+        Exception: many kinds: no C++ compiler, no headers, an operation that cannot be exported.
+    """
+    if next(module.parameters()).device.type != "cpu":
+        return torch.compile(module, dynamic=False, fullgraph=True, mode="reduce-overhead")
+    path = folder() / f"{_digest(module, args)}.pt2"
+    if not path.is_file():
+        _compile(module, args, path)
+    else:
+        with contextlib.suppress(OSError):
+            os.utime(path)
+    loaded: Any = torch._inductor.aoti_load_package(str(path))
+    weights = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    constants = {name: weights[name] for name in loaded.get_constant_fqns()}
+    loaded.load_constants(constants, check_full_update=True, user_managed=True)
+
+    def run(*args: Any) -> Any:
+        return loaded(*args)
+
+    run.weights = constants  # type: ignore[attr-defined]  # the code only borrows them
+    return run
+
+
+def folder() -> Path:
+    """Where compiled modules are kept: ``$STREAMLLM_COMPILED``, or a folder in the user's cache."""
+    named = os.environ.get("STREAMLLM_COMPILED")
+    return Path(named) if named else platformdirs.user_cache_path("streamllm") / "compiled"
+
+
+def _compile(module: nn.Module, args: tuple[Any, ...], path: Path) -> None:
+    """Compile to ``path``, and let go of what was unused for longest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), _grouped_attention(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the inside of the compiler
+        exported = torch.export.export(module, args, strict=False)
+        strange = set(exported.constants) - {name for name, _ in module.named_buffers(remove_duplicate=False)}
+        if strange:
+            raise NotImplementedError(f"{min(strange)} is a constant of its own")
+        with replacing(path) as temporary:
+            package = temporary.with_suffix(".pt2")
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
+            package.replace(temporary)
+    old = sorted(path.parent.glob("*.pt2"), key=lambda file: file.stat().st_mtime)[:-KEPT]
+    for file in old:
+        file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _grouped_attention() -> Iterator[None]:
+    """Let transformers hand over keys as they are cached, not repeated for each query head that shares them."""
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _digest(module: nn.Module, args: tuple[Any, ...]) -> str:
+    """Of everything that the code depends on: versions, machine, classes, configs, shapes."""
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    configs = [
+        (child.config.to_dict(), str(child.config._attn_implementation))
+        for child in module.modules()
+        if isinstance(child, transformers.PreTrainedModel)
+    ]
+    facts = [
+        streamllm.__version__,
+        torch.__version__,
+        transformers.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        torch.get_num_threads(),
+        _CONFIG,
+        _sources(),
+        [(name, type(child).__module__, type(child).__qualname__) for name, child in module.named_modules()],
+        [(name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in tensors],
+        [(leaf.dtype, leaf.shape, leaf.stride()) for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)],
+        configs,
+    ]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
+
+
+def _sources() -> str:
+    """A digest of this package's own code, as far as it can be a part of what is compiled."""
+    here = Path(__file__).parent
+    names = ("slots.py", "few_rows.py", "store.py", "zero_sink.py", "quantize.py")
+    found = hashlib.sha256()
+    for name in names:
+        file = here / name
+        found.update(file.read_bytes() if file.is_file() else b"")
+    return found.hexdigest()

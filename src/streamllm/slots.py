@@ -1,0 +1,291 @@
+"""Slots for streams side by side, and one step that reads a token of each, by shapes that never change.
+
+A stream is a ``SinkCache`` of one row. In a slot its keys and values are views of one large store, so everything that
+works on a stream works there too: usual forwards, evictions, pins, snapshots. The step is handed all columns of all
+slots and hides those that are not in use; so it can be compiled once, and streams come, go and evict as they like.
+Shapes: ``n`` slots, ``C`` columns of each, and one more that takes what idle slots write; ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from streamllm.cache import SinkCache
+from streamllm.errors import CacheError, ConfigError, UnsupportedModelError
+from streamllm.few_rows import FewRows
+from streamllm.layer import SinkLayer
+from streamllm.store import Store
+
+Pair = tuple[Store, Store]
+"""Keys and values of one layer."""
+
+
+def why_not(cache: SinkCache) -> str | None:
+    """Why streams such as ``cache`` cannot be read by steps of fixed shapes; ``None``: they can."""
+    if any(layer.kind != "sink" for layer in cache.spec.layers):
+        return "some of its layers keep something else than a window of all tokens"
+    if cache.config.reread:
+        return "its tokens are read anew at every eviction"
+    if cache.spec.positions == "alibi" or not cache.spec.takes_masks:
+        return "it makes its own attention mask"
+    return None
+
+
+class Slots:
+    """See the module.
+
+    Args:
+        model: that reads.
+        count: how many slots.
+        columns: most tokens that a stream may have cached: the largest ``capacity`` to come.
+        compiles: whether steps are compiled; the first of each size then takes as long as that does.
+        note: told in one sentence why a step could not be compiled; it is then run as it is. ``None``: a warning.
+
+    Raises:
+        ConfigError: ``count`` or ``columns`` is below 1.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        count: int,
+        columns: int,
+        *,
+        compiles: bool = False,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        if count < 1 or columns < 1:
+            raise ConfigError(f"Slots need at least one slot and one column, you gave {count} and {columns}.")
+        self.columns, self.compiles = columns, compiles
+        self.caches: list[SinkCache | None] = [None] * count
+        self._model, self._decoder = model, model.get_decoder()
+        self._note = note or (lambda text: warnings.warn(text, stacklevel=3))
+        self._stores: list[Pair] = []  # of each layer, [count, H, C + 1, D]
+
+    @property
+    def free(self) -> int:
+        """Slots without a stream."""
+        return sum(cache is None for cache in self.caches)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all slots; 0 before the first stream."""
+        return sum(part.nbytes for pair in self._stores for store in pair for part in store.parts().values())
+
+    def take(self, cache: SinkCache) -> None:
+        """Move a stream in, which has read something.
+
+        Raises:
+            UnsupportedModelError: steps of fixed shapes cannot read it.
+            CacheError: it has read nothing, has several rows, is too long for a slot, or all slots are taken.
+        """
+        if reason := why_not(cache):
+            raise UnsupportedModelError(f"A model of type {cache.spec.model_type!r} cannot be read in slots: {reason}.")
+        if len(cache.rows) != 1 or not cache.tokens_seen:
+            raise CacheError("A slot takes a cache of one row that has read something: read the prompt by the model.")
+        if cache.capacity > self.columns:
+            raise CacheError(f"The stream may cache {cache.capacity} tokens, a slot holds {self.columns}.")
+        if not self.free:
+            raise CacheError(f"All {len(self.caches)} slots are taken: release a stream first.")
+        if not self._stores:
+            self._stores = [self._allocate(layer) for layer in _sink_layers(cache)]
+        self._place(cache, self.caches.index(None))
+
+    def release(self, cache: SinkCache) -> None:
+        """Move a stream out, into memory of its own; the last one takes its place."""
+        slot = self.caches.index(cache)
+        for layer in _sink_layers(cache):
+            keys, values = (store.cut(_ALL, 0, layer.ledger.slots).clone() for store in layer.stores or ())
+            layer.stores = (keys, values)
+        self.caches[slot] = None
+        last = max((i for i, held in enumerate(self.caches) if held is not None), default=0)
+        moved = self.caches[last]
+        if last > slot and moved is not None:
+            self._place(moved, slot)
+            self.caches[last] = None
+
+    @torch.no_grad()
+    def step(self, caches: Sequence[SinkCache], ids: Sequence[int]) -> Tensor:
+        """Read one id of each of ``caches``, which are in slots; the logits [len(caches), V] after them.
+
+        Whatever is raised by the model leaves all streams as they were, but for evictions that were due.
+
+        Raises:
+            CacheError: a stream is in no slot, was pinned beyond its slot, or was broken off.
+        """
+        places = [self._place_of(cache) for cache in caches]
+        plan = [[0] * 4 for _ in range(self._size(max(places) + 1))]  # id, first column, column of the id, position
+        for row in plan:
+            row[1] = row[2] = self.columns
+        for cache, place, token in zip(caches, places, ids, strict=True):
+            cache.enter(self._decoder, torch.tensor([[token]]), None, [True], are_ids=True)
+            ledger = _sink_layers(cache)[0].ledger
+            row = ledger.rows[0]
+            plan[place] = [token, row.start, ledger.end, ledger.position(row)]
+        logits = self._run(len(plan))(torch.tensor(plan, device=self._model.device), self._tensors(len(plan)))
+        for cache in caches:
+            for layer in _sink_layers(cache):
+                layer.last = layer.ledger.span
+            cache.leave()
+        if places == list(range(len(plan))):
+            return logits.clone() if logits.is_cuda else logits  # a graph writes its results into the same place again
+        return logits[places]
+
+    # ---- inside
+
+    def _allocate(self, layer: SinkLayer) -> Pair:
+        """The store of all slots for one layer."""
+        found = []
+        for store in layer.stores or ():
+            like = store.cut(_ALL, 0, 0).read()
+            found.append(type(store).allocate(like.expand(len(self.caches), -1, -1, -1), self.columns + 1))
+        keys, values = found
+        return keys, values
+
+    def _place(self, cache: SinkCache, slot: int) -> None:
+        """Move a stream into a slot, emptied before: what is hidden must be finite, as it is read with a weight of 0."""
+        rows = slice(slot, slot + 1)
+        for layer, pair in zip(_sink_layers(cache), self._stores, strict=True):
+            keys, values = (store.cut(rows, 0, self.columns) for store in pair)
+            for part in (*keys.parts().values(), *values.parts().values()):
+                part.zero_()
+            layer.settle((keys, values))
+        self.caches[slot] = cache
+
+    def _place_of(self, cache: SinkCache) -> int:
+        """The slot of a stream."""
+        if cache not in self.caches:
+            raise CacheError("The stream is in no slot: take() it first.")
+        if cache.capacity > self.columns:
+            raise CacheError(f"The stream was pinned beyond its slot: it may cache {cache.capacity} of {self.columns}.")
+        return self.caches.index(cache)
+
+    def _size(self, used: int) -> int:
+        """Slots that a step reads: all in use, or the next power of two if each size is compiled."""
+        return min(1 << (used - 1).bit_length(), len(self.caches)) if self.compiles else used
+
+    def _tensors(self, count: int) -> list[list[Tensor]]:
+        """The parts of the first ``count`` slots' stores, layer by layer: of keys, then of values."""
+        rows = slice(0, count)
+        return [[part[rows] for store in pair for part in store.parts().values()] for pair in self._stores]
+
+    def _run(self, count: int) -> Callable[..., Tensor]:
+        """The step over ``count`` slots, compiled if it can be."""
+        kind = type(self._stores[0][0])
+        key = (count, self.columns, kind, self.compiles, torch.get_num_threads())
+        known = _steps.setdefault(self._model, {})
+        if key not in known:
+            known[key] = self._compile(_Step(self._model, kind), count) if self.compiles else _Step(self._model, kind)
+        return known[key]
+
+    def _compile(self, step: _Step, count: int) -> Callable[..., Tensor]:
+        from streamllm.compiled import compile_module
+
+        plan = torch.zeros((count, 4), dtype=torch.long, device=self._model.device)
+        try:
+            return compile_module(step, (plan, self._tensors(count)))
+        except Exception as error:  # no compiler, no headers, no support: many kinds
+            self._note(
+                f"decoding is not compiled, which is slower ({type(error).__name__}: {str(error)[:100].strip()}; is a "
+                "C++ compiler there?)"
+            )
+            self.compiles = False
+            return step
+
+
+_ALL = slice(None)
+
+# The steps of each model by their sizes, so that the next stream need not compile or load them again.
+_steps: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Callable[..., Tensor]]] = WeakKeyDictionary()
+
+
+def _sink_layers(cache: SinkCache) -> list[SinkLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, SinkLayer)]
+
+
+class _Step(nn.Module):
+    """What is compiled: one token of each slot through the model."""
+
+    def __init__(self, model: PreTrainedModel, kind: type[Store]) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind
+        self.eval()
+
+    def forward(self, plan: Tensor, stores: list[list[Tensor]]) -> Tensor:
+        """``plan`` [n, 4]: id, first column, column of the id, position; logits [n, V]."""
+        ids, first, column, position = plan.unbind(1)
+        columns = torch.arange(stores[0][0].shape[2], device=plan.device)
+        hidden = (columns < first[:, None]) | (columns > column[:, None])
+        dtype = self.model.dtype
+        mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+        view = _View([_View.layer(self.kind, parts, column) for parts in stores])
+        with FewRows():
+            found = self.model(
+                input_ids=ids[:, None],
+                position_ids=position[:, None],
+                attention_mask=mask[:, None, None],
+                past_key_values=view,
+                use_cache=True,
+            )
+        logits: Tensor = found.logits[:, -1]
+        return logits
+
+
+class _SlotLayer(CacheLayerMixin):
+    """All columns of a layer, of which one of each slot is written."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, keys: Store, values: Store, column: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.pair, self.column = (keys, values), column
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values [n, H, 1, D] into each slot's column; return all columns."""
+        rows = torch.arange(len(self.column), device=self.column.device)
+        for store, states in zip(self.pair, (key_states, value_states), strict=True):
+            store.put(rows, self.column, states[:, :, 0])
+        keys, values = self.pair
+        return keys.read(), values.read()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: everything is there."""
+
+    def get_seq_length(self) -> int:
+        """Unused: positions are given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what ``update`` returns."""
+        return self.get_max_length(), 0
+
+    def get_max_length(self) -> int:
+        """Columns."""
+        return self.pair[0].columns
+
+
+class _View(Cache):
+    """The slots as the model sees them."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+
+    @staticmethod
+    def layer(kind: type[Store], parts: list[Tensor], column: Tensor) -> _SlotLayer:
+        """A layer of the parts of its keys, then of its values."""
+        half = len(parts) // 2
+        return _SlotLayer(kind(*parts[:half]), kind(*parts[half:]), column)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Unused: positions are given."""
+        return 0
