@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
+from streamllm.decode import DecodeStep, why_not
 from torch import Tensor
 
 from families import FAMILIES, TRAINED, VOCAB, Family
 from streamllm import SinkCache
-from streamllm.decode import DecodeStep, why_not
 from streamllm.errors import CacheError, UnsupportedModelError
 
 SHAPE = (3, 12, 5)

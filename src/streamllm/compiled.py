@@ -22,7 +22,6 @@ import transformers
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-import streamllm
 from streamllm.atomic import replacing
 
 KEPT = 32
@@ -115,7 +114,6 @@ def _digest(module: nn.Module, args: tuple[Any, ...]) -> str:
         if isinstance(child, transformers.PreTrainedModel)
     ]
     facts = [
-        streamllm.__version__,
         torch.__version__,
         transformers.__version__,
         platform.machine(),
@@ -134,7 +132,7 @@ def _digest(module: nn.Module, args: tuple[Any, ...]) -> str:
 def _sources() -> str:
     """A digest of this package's own code, as far as it can be a part of what is compiled."""
     here = Path(__file__).parent
-    names = ("slots.py", "few_rows.py", "store.py", "zero_sink.py", "quantize.py")
+    names = ("slots.py", "quick_forms.py", "store.py", "zero_sink.py", "quantize.py")
     found = hashlib.sha256()
     for name in names:
         file = here / name

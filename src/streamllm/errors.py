@@ -9,7 +9,10 @@
     ├── UnsupportedModelError         exit 1, HTTP 422   this model's positions cannot be moved
     ├── CacheError                    exit 1, HTTP 409   the cache was asked for something it cannot do rightly
     ├── StateError                    exit 1, HTTP 422   a saved stream that cannot be used
-    └── InputError                    exit 1, HTTP 400   a prompt that cannot be read
+    ├── InputError                    exit 1, HTTP 400   a prompt that cannot be read
+    └── BusyError                     exit 1, HTTP 429   more streams than can be served
+
+    StreamLLMWarning                  something works, but not as it was asked for
 
 Every message says what happened (with the caller's own value), why, and what to do next, in that order and in
 one sentence where one will do. Nothing here knows about torch or the command line.
@@ -64,3 +67,13 @@ class InputError(StreamLLMError):
     """The prompt cannot be read."""
 
     http_status = 400
+
+
+class BusyError(StreamLLMError):
+    """More streams are there than can be served, or the engine is closing."""
+
+    http_status = 429
+
+
+class StreamLLMWarning(UserWarning):
+    """Something works, but not as it was asked for: slower, or in another way."""

@@ -2,7 +2,8 @@
 
 Knows nothing about layers or positions (``cache``), nor about how a token is drawn (``sampling``) or spelt
 (``detokenize``). A stream that is broken off leaves a cache that holds everything read so far; the last id given out,
-which was not read yet, stays in ``cache.unread`` and is read first by whatever goes on with that cache.
+which was not read yet, stays in ``cache.unread`` and is read first by whatever goes on with that cache. ``Turn`` has
+the steps one by one, for whoever drives many streams (``engine``); ``stream()`` drives one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import inspect
 import operator
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,9 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from streamllm.cache import SinkCache
 from streamllm.config import ON_END, PREFILL_CHUNK, CacheConfig, OnEnd, SamplingConfig
 from streamllm.detokenize import Decoder, StopStrings
-from streamllm.errors import ConfigError, InputError
+from streamllm.errors import ConfigError, InputError, StreamLLMWarning
+from streamllm.quick_forms import QuickForms
 from streamllm.reading import read_ids
 from streamllm.sampling import Sampler
+from streamllm.slots import Slots, why_not
 from streamllm.stats import Meter, Stats
 
 Finish = Literal["end", "stop", "length"]
@@ -62,6 +66,7 @@ def stream(
     cache: SinkCache | None = None,
     on_end: OnEnd = "stop",
     decoder: Decoder | None = None,
+    compile: bool = False,
 ) -> Iterator[Chunk]:
     """Generate without end, in constant memory.
 
@@ -79,6 +84,8 @@ def stream(
         on_end: what an end token does: "stop" ends the stream, "pass" keeps it and goes on with a new document,
             "ban" never draws it.
         decoder: spells the ids, with what it knows of earlier ones; ``None``: a new one.
+        compile: compile the step that reads one token, which takes up to a minute the first time and a second from
+            then on; where that cannot be, a ``StreamLLMWarning`` says so and the stream goes on without.
 
     Yields:
         One ``Chunk`` a token. Closing the iterator leaves ``cache`` usable.
@@ -87,10 +94,6 @@ def stream(
         ConfigError, InputError, UnsupportedModelError: before the first token, when an option, the prompt or the
             model cannot be used.
     """
-    if max_tokens is not None and max_tokens < 0:
-        raise ConfigError(f"max_tokens must be at least 0, you gave {max_tokens}; leave it out for no limit.")
-    if on_end not in ON_END:
-        raise ConfigError(f"on_end must be one of {', '.join(ON_END)}, you gave {on_end!r}.")
     if cache is None:
         default = CacheConfig()
         cache = SinkCache(
@@ -101,25 +104,46 @@ def stream(
         )
     elif (sinks, window, block) != (None, None, None):
         raise ConfigError("sinks, window and block cannot be changed on a cache that exists; make a new SinkCache.")
-    if len(cache.rows) != 1:
-        raise ConfigError(f"stream() drives one row, this cache has {len(cache.rows)}.")
-    ends = end_ids(model, tokenizer)
-    # What was left unread is known already to a sampler or decoder that was there when it was drawn.
-    unread = cache.unread
-    if not isinstance(sampling, Sampler):
-        banned = sorted(ends) if on_end == "ban" else ()
-        sampling = Sampler(sampling or SamplingConfig(), device=model.device, banned=banned)
-        sampling.observe(unread)
-    elif on_end == "ban" and not ends.issubset(sampling.banned):
-        raise ConfigError(
-            f"on_end='ban' needs a Sampler made with banned={sorted(ends)}, the end ids; this one bans "
-            f"{list(sampling.banned)}."
-        )
-    if decoder is None:
-        decoder = Decoder(tokenizer)
-        decoder.prime(unread)
-    loop = _Loop(model, tokenizer, cache, sampling, decoder, StopStrings(stop))
-    return loop.run(prompt, max_tokens=max_tokens, ends=ends, on_end=on_end)
+    turn = Turn(
+        model,
+        tokenizer,
+        cache,
+        prompt,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop,
+        on_end=on_end,
+        decoder=decoder,
+    )
+    return _run(turn, compiles=compile)
+
+
+def _run(turn: Turn, *, compiles: bool) -> Iterator[Chunk]:
+    """Drive one stream."""
+    for _ in turn.read():
+        pass
+    if turn.max_tokens == 0:
+        yield turn.leave_unread()
+        return
+    logits = turn.first_logits()
+    slots = _one_slot(turn) if compiles else None
+    while True:
+        chunk = turn.take(turn.sampler(logits))
+        yield chunk
+        if chunk.finish:
+            return
+        assert chunk.id is not None
+        logits = turn.forward([chunk.id]) if slots is None else slots.step([turn.cache], [chunk.id])[0]
+
+
+def _one_slot(turn: Turn) -> Slots | None:
+    """A slot with the stream in it; ``None``, and a warning, if it cannot be read there."""
+    if reason := why_not(turn.cache):
+        warnings.warn(f"Decoding is not compiled, which is slower: {reason}.", StreamLLMWarning, stacklevel=3)
+        return None
+    slots = Slots(turn.model, 1, turn.cache.capacity, compiles=True)
+    slots.take(turn.cache)
+    return slots
 
 
 def generate(
@@ -171,68 +195,136 @@ def _pieces(prompt: Any) -> Iterator[str]:
         yield piece
 
 
-class _Loop:
-    """One stream on its way."""
+class Turn:
+    """One stream on its way, step by step: ``read`` to its end, ``first_logits``, then ``take`` for every token.
+
+    Arguments and errors are those of ``stream``, with a cache that is there.
+
+    Attributes:
+        width: most tokens that one step of ``read`` reads; may be changed between two.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         cache: SinkCache,
-        sampler: Sampler,
-        decoder: Decoder,
-        stops: StopStrings,
-    ) -> None:
-        self.model, self.tokenizer, self.cache = model, tokenizer, cache
-        self.sampler, self.decoder, self.stops = sampler, decoder, stops
-        self.meter = Meter()
-        self.size = self.cached_before = 0  # bytes of the cache are asked again only after an eviction
-        only_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.options: dict[str, Any] = {"logits_to_keep": 1} if only_last else {}
-
-    def run(
-        self,
         prompt: str | Sequence[int] | Iterable[str] | None,
         *,
-        max_tokens: int | None,
-        ends: frozenset[int],
-        on_end: OnEnd,
-    ) -> Iterator[Chunk]:
-        # 1. read what was left unread, and the prompt
-        waiting = self.prefill(self.cache.unread, self.prompt_ids(prompt))
-        if max_tokens == 0:
-            yield self.leave_unread(waiting)
-            return
-        began = time.perf_counter()
-        logits = self.forward(waiting)
-        self.meter.prefilled(len(waiting), time.perf_counter() - began)
-        drawn = 0
-        while True:
-            # 2. draw; from here on the id belongs to the stream, even if nobody comes back for more
-            token = self.sampler(logits)
-            self.cache.unread = [token]
-            drawn += 1
-            self.meter.decoded()
-            # 3. show
-            is_end = token in ends
-            text, stopped = self.stops.push(self.decoder.push(token))
-            finish: Finish | None = None
-            if stopped:
-                finish = "stop"
-            elif is_end and on_end == "stop":
-                finish = "end"
-            elif drawn == max_tokens:
-                finish = "length"
-            document_end = is_end and on_end == "pass"
-            if not stopped and (finish or document_end):
-                text += self.held_back()
-            yield Chunk(text, token, self.stats(), finish, document_end)
-            if finish:
-                return
-            # 4. read it, and over again
-            logits = self.forward([token])
+        max_tokens: int | None = None,
+        sampling: SamplingConfig | Sampler | None = None,
+        stop: Sequence[str] = (),
+        on_end: OnEnd = "stop",
+        decoder: Decoder | None = None,
+    ) -> None:
+        if max_tokens is not None and max_tokens < 0:
+            raise ConfigError(f"max_tokens must be at least 0, you gave {max_tokens}; leave it out for no limit.")
+        if on_end not in ON_END:
+            raise ConfigError(f"on_end must be one of {', '.join(ON_END)}, you gave {on_end!r}.")
+        if len(cache.rows) != 1:
+            raise ConfigError(f"A stream has one row, this cache has {len(cache.rows)}.")
+        self.model, self.tokenizer, self.cache = model, tokenizer, cache
+        self.max_tokens, self.on_end = max_tokens, on_end
+        self.ends = end_ids(model, tokenizer)
+        # What was left unread is known already to a sampler or decoder that was there when it was drawn.
+        unread = cache.unread
+        if not isinstance(sampling, Sampler):
+            banned = sorted(self.ends) if on_end == "ban" else ()
+            sampling = Sampler(sampling or SamplingConfig(), device=model.device, banned=banned)
+            sampling.observe(unread)
+        elif on_end == "ban" and not self.ends.issubset(sampling.banned):
+            raise ConfigError(
+                f"on_end='ban' needs a Sampler made with banned={sorted(self.ends)}, the end ids; this one bans "
+                f"{list(sampling.banned)}."
+            )
+        if decoder is None:
+            decoder = Decoder(tokenizer)
+            decoder.prime(unread)
+        self.sampler, self.decoder, self.stops = sampling, decoder, StopStrings(stop)
+        self.meter = Meter()
+        self.width = PREFILL_CHUNK
+        self.drawn = 0
+        self._waiting: list[int] = []  # ids that belong to the stream and are not read yet
+        self._prompt = prompt
+        self._size = self._cached_before = 0  # bytes of the cache are asked again only after an eviction
+        only_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if only_last else {}
 
-    def prompt_ids(self, prompt: str | Sequence[int] | Iterable[str] | None) -> Iterator[list[int]]:
+    def read(self) -> Iterator[None]:
+        """Read what was left unread, and the prompt as it arrives; pause after each forward.
+
+        What one forward takes is left, for the one that also makes logits.
+
+        Raises:
+            InputError: the prompt cannot be read.
+        """
+        self._waiting = self.cache.unread
+        for batch in self._prompt_ids(self._prompt):
+            self.sampler.observe(batch)
+            self.decoder.prime(batch)
+            self._waiting += batch
+            # The last token waits for the forward that also makes logits.
+            while len(self._waiting) > (width := self.cache.columns(None, self.width)):
+                self._read(self._waiting[:width])
+                del self._waiting[:width]
+                yield
+        if not self._waiting:
+            raise InputError("The prompt is empty: give at least one token to go on from.")
+
+    def leave_unread(self) -> Chunk:
+        """Read all but the last id, which is kept for whoever goes on: only its logits can begin a text."""
+        if self._waiting[:-1]:
+            self._read(self._waiting[:-1])
+        self.cache.unread = self._waiting[-1:]
+        return Chunk("", None, self.stats(), "length")
+
+    def first_logits(self) -> Tensor:
+        """Read the rest of the prompt; the logits [V] after it."""
+        began = time.perf_counter()
+        logits = self.forward(self._waiting)
+        self.meter.prefilled(len(self._waiting), time.perf_counter() - began)
+        return logits
+
+    def forward(self, ids: list[int]) -> Tensor:
+        """Read ``ids``; the logits [V] after the last one."""
+        with torch.no_grad():
+            output = self.model(
+                input_ids=self._tensor(ids), past_key_values=self.cache, use_cache=True, **self._options
+            )
+        logits: Tensor = output.logits[0, -1]
+        return logits
+
+    def take(self, token: int) -> Chunk:
+        """Take an id that was drawn: from here on it belongs to the stream, even if nobody comes back for more."""
+        self.cache.unread = [token]
+        self.drawn += 1
+        self.meter.decoded()
+        is_end = token in self.ends
+        text, stopped = self.stops.push(self.decoder.push(token))
+        finish: Finish | None = None
+        if stopped:
+            finish = "stop"
+        elif is_end and self.on_end == "stop":
+            finish = "end"
+        elif self.drawn == self.max_tokens:
+            finish = "length"
+        document_end = is_end and self.on_end == "pass"
+        if not stopped and (finish or document_end):
+            text += self._held_back()
+        return Chunk(text, token, self.stats(), finish, document_end)
+
+    def stats(self) -> Stats:
+        """Counters and speeds so far."""
+        cache = self.cache
+        cached = cache.tokens_cached
+        if not self._size or cached <= self._cached_before:
+            self._size = cache.bytes
+        self._cached_before = cached
+        return self.meter.stats(
+            seen=cache.tokens_seen, cached=cached, evicted=cache.tokens_evicted, cache_bytes=self._size
+        )
+
+    def _prompt_ids(self, prompt: str | Sequence[int] | Iterable[str] | None) -> Iterator[list[int]]:
         """Ids of the prompt as they become known."""
         if prompt is None:
             return
@@ -246,58 +338,18 @@ class _Loop:
             raise InputError(f"{strange[0]} is no id of this model, whose ids run from 0 to {size - 1}.")
         yield ids
 
-    def prefill(self, unread: list[int], batches: Iterable[list[int]]) -> list[int]:
-        """Read ``unread`` and all batches, in forwards as long as the cache takes, but for the last one, returned."""
-        waiting = unread
-        for batch in batches:
-            self.sampler.observe(batch)
-            self.decoder.prime(batch)
-            waiting += batch
-            # The last token waits for the forward that also makes logits.
-            while len(waiting) > (width := self.cache.columns(None, PREFILL_CHUNK)):
-                self.read(waiting[:width])
-                del waiting[:width]
-        if not waiting:
-            raise InputError("The prompt is empty: give at least one token to go on from.")
-        return waiting
-
-    def leave_unread(self, waiting: list[int]) -> Chunk:
-        """Read all but the last id, which is kept for whoever goes on: only its logits can begin a text."""
-        if waiting[:-1]:
-            self.read(waiting[:-1])
-        self.cache.unread = waiting[-1:]
-        return Chunk("", None, self.stats(), "length")
-
-    def read(self, ids: list[int]) -> None:
+    def _read(self, ids: list[int]) -> None:
         """Read ``ids``, without logits."""
         began = time.perf_counter()
-        with torch.no_grad():
-            self.model.get_decoder()(input_ids=self.tensor(ids), past_key_values=self.cache, use_cache=True)
+        with torch.no_grad(), QuickForms():
+            self.model.get_decoder()(input_ids=self._tensor(ids), past_key_values=self.cache, use_cache=True)
         self.meter.prefilled(len(ids), time.perf_counter() - began)
 
-    def forward(self, ids: list[int]) -> Tensor:
-        """Read ``ids``; the logits [V] after the last one."""
-        with torch.no_grad():
-            output = self.model(input_ids=self.tensor(ids), past_key_values=self.cache, use_cache=True, **self.options)
-        logits: Tensor = output.logits[0, -1]
-        return logits
-
-    def tensor(self, ids: list[int]) -> Tensor:
+    def _tensor(self, ids: list[int]) -> Tensor:
         """[1, T] ids on the model's device."""
         return torch.tensor([ids], device=self.model.device)
 
-    def held_back(self) -> str:
+    def _held_back(self) -> str:
         """What decoder and stop strings still keep, when no more text can follow to decide it."""
         text, stopped = self.stops.push(self.decoder.flush())
         return text if stopped else text + self.stops.flush()
-
-    def stats(self) -> Stats:
-        """Counters and speeds so far."""
-        cache = self.cache
-        cached = cache.tokens_cached
-        if not self.size or cached <= self.cached_before:
-            self.size = cache.bytes
-        self.cached_before = cached
-        return self.meter.stats(
-            seen=cache.tokens_seen, cached=cached, evicted=cache.tokens_evicted, cache_bytes=self.size
-        )

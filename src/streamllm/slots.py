@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from streamllm.cache import SinkCache
-from streamllm.errors import CacheError, ConfigError, UnsupportedModelError
-from streamllm.few_rows import FewRows
+from streamllm.errors import CacheError, ConfigError, StreamLLMWarning, UnsupportedModelError
 from streamllm.layer import SinkLayer
+from streamllm.quick_forms import QuickForms
 from streamllm.store import Store
 
 Pair = tuple[Store, Store]
@@ -67,7 +67,7 @@ class Slots:
         self.columns, self.compiles = columns, compiles
         self.caches: list[SinkCache | None] = [None] * count
         self._model, self._decoder = model, model.get_decoder()
-        self._note = note or (lambda text: warnings.warn(text, stacklevel=3))
+        self._note = note or (lambda text: warnings.warn(text, StreamLLMWarning, stacklevel=5))
         self._stores: list[Pair] = []  # of each layer, [count, H, C + 1, D]
 
     @property
@@ -128,8 +128,8 @@ class Slots:
         for cache, place, token in zip(caches, places, ids, strict=True):
             cache.enter(self._decoder, torch.tensor([[token]]), None, [True], are_ids=True)
             ledger = _sink_layers(cache)[0].ledger
-            row = ledger.rows[0]
-            plan[place] = [token, row.start, ledger.end, ledger.position(row)]
+            stream = ledger.rows[0]
+            plan[place] = [token, stream.start, ledger.end, ledger.position(stream)]
         logits = self._run(len(plan))(torch.tensor(plan, device=self._model.device), self._tensors(len(plan)))
         for cache in caches:
             for layer in _sink_layers(cache):
@@ -151,7 +151,7 @@ class Slots:
         return keys, values
 
     def _place(self, cache: SinkCache, slot: int) -> None:
-        """Move a stream into a slot, emptied before: what is hidden must be finite, as it is read with a weight of 0."""
+        """Move a stream into a slot, emptied before: what is hidden is read too, with a weight of 0, so not nan."""
         rows = slice(slot, slot + 1)
         for layer, pair in zip(_sink_layers(cache), self._stores, strict=True):
             keys, values = (store.cut(rows, 0, self.columns) for store in pair)
@@ -194,8 +194,8 @@ class Slots:
             return compile_module(step, (plan, self._tensors(count)))
         except Exception as error:  # no compiler, no headers, no support: many kinds
             self._note(
-                f"decoding is not compiled, which is slower ({type(error).__name__}: {str(error)[:100].strip()}; is a "
-                "C++ compiler there?)"
+                f"Decoding is not compiled, which is slower: {type(error).__name__}, {str(error)[:100].strip()}; is a "
+                "C++ compiler there?"
             )
             self.compiles = False
             return step
@@ -227,7 +227,7 @@ class _Step(nn.Module):
         dtype = self.model.dtype
         mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
         view = _View([_View.layer(self.kind, parts, column) for parts in stores])
-        with FewRows():
+        with QuickForms():
             found = self.model(
                 input_ids=ids[:, None],
                 position_ids=position[:, None],

@@ -109,7 +109,7 @@ class Int8Store(Store):
 
 
 def _quantised(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers in -127..127 and their scale; a row of zeros, or of what is not finite, keeps a finite scale of its own."""
+    """Numbers in -127..127, and the scale [..., 1] that they are to be multiplied by."""
     scale = states.abs().amax(-1, keepdim=True) / 127
     steps = states / scale.masked_fill(scale == 0, 1)
     return steps.round().clamp(-127, 127).to(torch.int8), scale

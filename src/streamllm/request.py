@@ -1,0 +1,153 @@
+"""One stream of an engine as its user holds it: an iterator of chunks, for threads and for asyncio.
+
+The engine's thread pushes, the user's takes. What waits between them is bounded: a stream that nobody reads stands
+still, and holds nobody up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Literal
+
+from streamllm.cache import SinkCache
+from streamllm.loop import Chunk, Turn
+
+BUFFER = 256
+"""Chunks that wait for their reader at most; then the stream stands still."""
+
+State = Literal["waiting", "reading", "decoding", "suspended", "done"]
+
+
+class Request:
+    """A stream in an engine; made by ``Engine.submit``. Iterate over it, in a thread or in asyncio.
+
+    Attributes:
+        id: counts from 1 in each engine.
+        state: "waiting" for a slot, "reading" its prompt, "decoding", "suspended", or "done".
+        error: why it ended, if it failed; raised from the iterator too, after the last chunk.
+    """
+
+    def __init__(self, number: int, turn: Turn, stop_when: Callable[[Chunk], bool] | None, wake: Callable[[], None]):
+        self.id = number
+        self.state: State = "waiting"
+        self.error: BaseException | None = None
+        self.turn = turn
+        self.stop_when = stop_when
+        self.is_cancelled = self.is_suspended = False
+        self.is_begun = False
+        self.tokens_in_slot = 0  # since it got its slot
+        self._wake = wake
+        self._changed = threading.Condition()
+        self._chunks: deque[Chunk] = deque()
+        self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    # ---- for the user
+
+    @property
+    def cache(self) -> SinkCache:
+        """The stream itself, to go on with when it is done.
+
+        Raises:
+            RuntimeError: it is not done.
+        """
+        if self.state != "done":
+            raise RuntimeError("The cache belongs to the engine until the stream is done.")
+        return self.turn.cache
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The chunks, as they come.
+
+        Raises:
+            StreamLLMError: the stream failed.
+        """
+        return self
+
+    def __next__(self) -> Chunk:
+        with self._changed:
+            self._changed.wait_for(lambda: self._chunks or self.state == "done")
+            chunk = self._pop()
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        """The same in asyncio, without a thread."""
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while True:
+            with self._changed:
+                if self._chunks or self.state == "done":
+                    chunk = self._pop()
+                    break
+                loop = asyncio.get_running_loop()
+                sleeper: asyncio.Future[None] = loop.create_future()
+                self._sleepers.append((loop, sleeper))
+            await sleeper
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    def text(self) -> str:
+        """Wait for the end; the whole text that was not taken yet."""
+        return "".join(chunk.text for chunk in self)
+
+    def cancel(self) -> None:
+        """End the stream before its next token; what was read and generated stays in its cache."""
+        self.is_cancelled = True
+        self._wake()
+
+    def suspend(self) -> None:
+        """Give the slot up before the next token, until ``resume``."""
+        self.is_suspended = True
+        self._wake()
+
+    def resume(self) -> None:
+        """Go on after ``suspend``, when a slot is free."""
+        self.is_suspended = False
+        self._wake()
+
+    # ---- for the engine
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits for the reader that the stream must stand still."""
+        return len(self._chunks) >= BUFFER
+
+    def push(self, chunk: Chunk) -> None:
+        """Hand a chunk to the reader."""
+        with self._changed:
+            self._chunks.append(chunk)
+            self._tell()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more comes."""
+        with self._changed:
+            self.error, self.state = error, "done"
+            self._tell()
+
+    def _pop(self) -> Chunk | None:
+        """The next chunk; ``None`` at the end; called with the lock held."""
+        if self._chunks:
+            if len(self._chunks) == BUFFER:
+                self._wake()
+            return self._chunks.popleft()
+        if self.error is not None:
+            raise self.error
+        return None
+
+    def _tell(self) -> None:
+        """Wake whoever waits; called with the lock held."""
+        self._changed.notify_all()
+        for loop, sleeper in self._sleepers:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, sleeper)
+        self._sleepers.clear()
+
+
+def _settle(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)

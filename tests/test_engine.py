@@ -1,0 +1,321 @@
+"""Many streams at once: each gets the text that it would get alone, whatever happens to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stories import STORIES
+from streamllm import SamplingConfig, SinkCache, StreamLLMError, load, stream
+from streamllm.config import CacheConfig
+from streamllm.engine import Engine
+from streamllm.errors import BusyError, ConfigError, InputError
+from streamllm.request import BUFFER, Request
+
+CONFIG = CacheConfig(sinks=4, window=60, block=16)
+PROMPTS = [
+    "Once upon a time",
+    "Lily and Ben went to the park. " * 20,
+    "The dog was sad because",
+    "One day, a big cat saw a small bird in the tree and",
+    "Tom had a red car. " * 7,
+]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load(STORIES)
+
+
+@pytest.fixture
+def engine(loaded) -> Iterator[Engine]:
+    with Engine(*loaded, slots=3, config=CONFIG, quantum=10) as made:
+        yield made
+
+
+def sampling(number: int) -> SamplingConfig:
+    """Greedy, and sampled by a seed of its own, in turn."""
+    return SamplingConfig(temperature=0) if number % 2 else SamplingConfig(temperature=1.1, top_p=0.9, seed=number)
+
+
+def alone(loaded: Any, prompt: Any, number: int, **options: Any) -> list[int | None]:
+    """The ids of a stream that has the machine to itself."""
+    cache = SinkCache(loaded[0], CONFIG.sinks, CONFIG.window, CONFIG.block)
+    options = {"max_tokens": 90, "on_end": "pass", **options}
+    return [c.id for c in stream(*loaded, prompt, cache=cache, sampling=sampling(number), **options)]
+
+
+def ids(request: Request) -> list[int | None]:
+    return [chunk.id for chunk in request]
+
+
+def wait_until(reached: Any, seconds: float = 60) -> None:
+    """Until something has happened in the engine's thread."""
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+def test_each_stream_is_what_it_would_be_alone(loaded, engine) -> None:
+    """Reference: ``stream()``; five streams of different lengths share three slots and take turns."""
+    requests = [
+        engine.submit(prompt, max_tokens=90, on_end="pass", sampling=sampling(i)) for i, prompt in enumerate(PROMPTS)
+    ]
+    for number, (request, prompt) in enumerate(zip(requests, PROMPTS, strict=True)):
+        assert ids(request) == alone(loaded, prompt, number)
+        assert request.state == "done"
+        assert request.error is None
+    assert all(request.cache.tokens_evicted > 0 for request in requests)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.finished, stats.failed) == (0, 0, 5, 0)
+    assert stats.tokens_generated == 5 * 90
+
+
+def test_streams_that_memory_has_no_room_for_wait_on_disk(loaded, tmp_path: Path) -> None:
+    """Reference: ``stream()``; six streams, one slot, memory for one cache."""
+    size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
+    with Engine(*loaded, slots=4, config=CONFIG, memory=size, folder=tmp_path, quantum=7) as engine:
+        assert engine.stats().slots == 1
+        requests = [engine.submit(PROMPTS[i % 5], max_tokens=30, on_end="pass", sampling=sampling(i)) for i in range(6)]
+        wait_until(lambda: engine.stats().on_disk >= 2)
+        assert len(list(tmp_path.glob("*.stream"))) >= 1
+        for number, request in enumerate(requests):
+            assert ids(request) == alone(loaded, PROMPTS[number % 5], number, max_tokens=30)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_folder_streams_wait_until_others_are_done(loaded) -> None:
+    """Reference: the order of the calls; memory for two caches and no more."""
+    size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
+    with Engine(*loaded, slots=2, config=CONFIG, memory=2 * size, quantum=3) as engine:
+        requests = [engine.submit(PROMPTS[0], max_tokens=20, on_end="pass") for _ in range(4)]
+        ended = []
+        for request in requests:
+            request.text()
+            ended.append([r.state for r in requests].count("done"))
+        assert ended[0] <= 2
+        assert ended[-1] == 4
+
+
+def test_a_disk_that_is_full_ends_one_stream(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise StreamLLMError("No space is left.")
+
+    monkeypatch.setattr("streamllm.engine.save_state", refuse)
+    size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
+    with Engine(*loaded, slots=1, config=CONFIG, memory=size, folder=tmp_path, quantum=5) as engine:
+        requests = [engine.submit(PROMPTS[0], max_tokens=40, on_end="pass") for _ in range(2)]
+        outcomes = []
+        for request in requests:
+            try:
+                outcomes.append(len(ids(request)))
+            except StreamLLMError as error:
+                outcomes.append(str(error))
+    assert sorted(map(str, outcomes)) == ["40", "No space is left."]
+
+
+def test_a_cancelled_stream_frees_its_slot_and_keeps_what_it_has(loaded, engine) -> None:
+    """Reference: the ids given out, which are in its cache or unread."""
+    endless = engine.submit(PROMPTS[0], on_end="pass")
+    begun = [next(endless).id for _ in range(5)]
+    endless.cancel()
+    got = begun + ids(endless)
+    wait_until(lambda: endless.state == "done")
+    prompt = loaded[1](PROMPTS[0]).input_ids
+    assert endless.cache.tokens_seen + len(endless.cache.unread) == len(prompt) + len(got)
+    assert engine.stats().running == 0
+    # The cache goes on in another stream, by itself or in the engine.
+    again = engine.submit(None, cache=endless.cache, max_tokens=3, on_end="pass")
+    assert len(ids(again)) == 3
+
+
+def test_a_suspended_stream_goes_on_where_it_was(loaded, engine) -> None:
+    """Reference: ``stream()``."""
+    request = engine.submit(PROMPTS[1], max_tokens=90, on_end="pass", sampling=sampling(2))
+    got = [next(request).id for _ in range(4)]
+    request.suspend()
+    wait_until(lambda: request.state in ("suspended", "done"))
+    assert engine.stats().suspended == 1
+    before = engine.stats().tokens_generated
+    other = engine.submit(PROMPTS[2], max_tokens=5, on_end="pass")
+    other.text()
+    assert engine.stats().tokens_generated == before + 5
+    request.resume()
+    assert got + ids(request) == alone(loaded, PROMPTS[1], 2)
+
+
+def test_a_stream_that_nobody_reads_stands_still(loaded, engine) -> None:
+    """Reference: ``BUFFER``; the others go on, and it goes on when it is read."""
+    stuck = engine.submit(PROMPTS[0], max_tokens=BUFFER + 40, on_end="pass", sampling=sampling(4))
+    wait_until(lambda: stuck.is_full)
+    others = [engine.submit(PROMPTS[i], max_tokens=20, on_end="pass", sampling=sampling(i)) for i in range(4)]
+    for number, request in enumerate(others):
+        assert ids(request) == alone(loaded, PROMPTS[number], number, max_tokens=20)
+    assert engine.stats().tokens_generated == BUFFER + 4 * 20
+    assert ids(stuck) == alone(loaded, PROMPTS[0], 4, max_tokens=BUFFER + 40)
+
+
+def test_a_poisoned_stream_ends_alone(loaded, engine) -> None:
+    """Reference: ``stream()`` for the others; the poison is nan in its keys, as an overflow would leave it."""
+    cache = SinkCache(loaded[0], CONFIG.sinks, CONFIG.window, CONFIG.block)
+    list(stream(*loaded, PROMPTS[0], cache=cache, max_tokens=3))
+    layer: Any = cache.layers[0]
+    layer.stores[0].data.fill_(torch.nan)
+    poisoned = engine.submit(None, cache=cache, max_tokens=50)
+    others = [engine.submit(PROMPTS[i], max_tokens=40, on_end="pass", sampling=sampling(i)) for i in range(4)]
+    with pytest.raises(StreamLLMError, match="not finite"):
+        ids(poisoned)
+    assert isinstance(poisoned.error, StreamLLMError)
+    for number, request in enumerate(others):
+        assert ids(request) == alone(loaded, PROMPTS[number], number, max_tokens=40)
+    assert engine.stats().failed == 1
+
+
+def test_a_callback_ends_a_stream_and_one_that_raises_ends_it_alone(loaded, engine) -> None:
+    def fails(chunk: Any) -> bool:
+        raise ZeroDivisionError("the callback")
+
+    good = engine.submit(PROMPTS[0], max_tokens=30, on_end="pass", sampling=sampling(0))
+    bad = engine.submit(PROMPTS[2], on_end="pass", stop_when=fails)
+    short = engine.submit(PROMPTS[2], on_end="pass", stop_when=lambda chunk: chunk.stats.tokens_generated == 4)
+    with pytest.raises(ZeroDivisionError):
+        ids(bad)
+    assert len(ids(short)) == 4
+    assert ids(good) == alone(loaded, PROMPTS[0], 0, max_tokens=30)
+
+
+def test_a_step_that_fails_is_repeated_one_by_one(loaded, engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory in the middle of a step; reference: ``stream()`` for those that are not to blame."""
+    step, forward = engine._slots.step, type(engine.submit(PROMPTS[0], max_tokens=1).turn).forward
+    victim: list[Any] = []
+
+    def out_of_memory(caches: Any, tokens: Any) -> Any:
+        if any(cache in victim for cache in caches):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(caches, tokens)
+
+    def one_by_one(turn: Any, tokens: Any) -> Any:
+        if turn.cache in victim:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(turn, tokens)
+
+    monkeypatch.setattr(engine._slots, "step", out_of_memory)
+    monkeypatch.setattr("streamllm.loop.Turn.forward", one_by_one)
+    requests = [engine.submit(PROMPTS[i], max_tokens=40, on_end="pass", sampling=sampling(i)) for i in range(3)]
+    first = next(requests[1])
+    victim.append(requests[1].turn.cache)
+    with pytest.raises(torch.OutOfMemoryError):
+        ids(requests[1])
+    for number in (0, 2):
+        assert ids(requests[number]) == alone(loaded, PROMPTS[number], number, max_tokens=40)
+    assert first.id is not None
+
+
+def test_streams_that_no_slot_takes_are_served_all_the_same() -> None:
+    """Reference: ``stream()``; a model with layers of another kind."""
+    from families import FAMILIES
+    from streamllm.slots import why_not
+
+    family = next(f for f in FAMILIES.values() if why_not(SinkCache(f.make(), 3, 12, 5)))
+    model = family.make()
+    tokenizer = load(STORIES)[1]
+    prompt = [5, 9, 2, 7, 11, 3]
+    options: dict[str, Any] = {"max_tokens": 40, "sampling": SamplingConfig(temperature=0), "on_end": "pass"}
+    want = [c.id for c in stream(model, tokenizer, prompt, cache=SinkCache(model, 3, 12, 5), **options)]
+    with Engine(model, tokenizer, slots=2, config=CacheConfig(3, 12, 5)) as engine:
+        requests = [engine.submit(prompt, **options) for _ in range(3)]
+        assert [ids(request) for request in requests] == [want] * 3
+
+
+def test_threads_and_asyncio_can_share_an_engine(loaded, engine) -> None:
+    """Reference: ``stream()``."""
+    got: dict[int, list[int | None]] = {}
+
+    def work(number: int) -> None:
+        got[number] = ids(engine.submit(PROMPTS[number], max_tokens=30, on_end="pass", sampling=sampling(number)))
+
+    async def collect(number: int) -> list[int | None]:
+        request = engine.submit(PROMPTS[number], max_tokens=30, on_end="pass", sampling=sampling(number))
+        return [chunk.id async for chunk in request]
+
+    async def both() -> list[list[int | None]]:
+        return list(await asyncio.gather(*(collect(number) for number in range(5))))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    found = asyncio.run(both())
+    for thread in threads:
+        thread.join()
+    for number in range(5):
+        assert got[number] == found[number] == alone(loaded, PROMPTS[number], number, max_tokens=30)
+
+
+def test_the_queue_has_an_end(loaded) -> None:
+    with Engine(*loaded, slots=1, config=CONFIG, waiting=1) as engine:
+        first, second = (engine.submit(PROMPTS[0], on_end="pass") for _ in range(2))
+        with pytest.raises(BusyError, match="2 streams are here already"):
+            engine.submit(PROMPTS[0])
+        first.cancel()
+        wait_until(lambda: first.state == "done")
+        third = engine.submit(PROMPTS[0], max_tokens=1)
+        second.cancel()
+        assert len(ids(third)) == 1
+
+
+def test_an_engine_drains_and_closes(loaded) -> None:
+    engine = Engine(*loaded, slots=2, config=CONFIG)
+    request = engine.submit(PROMPTS[0], max_tokens=20, on_end="pass")
+    assert engine.drain(60)
+    assert len(ids(request)) == 20
+    with pytest.raises(BusyError, match="closing"):
+        engine.submit(PROMPTS[0])
+    engine.close()
+    engine = Engine(*loaded, slots=2, config=CONFIG)
+    endless = engine.submit(PROMPTS[0], on_end="pass")
+    next(endless)
+    assert not engine.drain(0.05)
+    engine.close()
+    with pytest.raises(BusyError, match="closed"):
+        ids(endless)
+
+
+def test_what_cannot_be_is_said_at_once(loaded, engine) -> None:
+    with pytest.raises(ConfigError, match="slots must be at least 1"):
+        Engine(*loaded, slots=0)
+    with pytest.raises(ConfigError, match=r"One stream needs .* bytes of cache, 1,000 are there"):
+        Engine(*loaded, memory=1000)
+    with pytest.raises(ConfigError, match=r"this engine was made for 79: make it with columns=\d+"):
+        engine.submit("x", cache=SinkCache(loaded[0], 4, 200, 16))
+    with pytest.raises(InputError, match="whole prompt"):
+        engine.submit(iter(["x"]))
+    with pytest.raises(ConfigError, match="max_tokens"):
+        engine.submit("x", max_tokens=-1)
+    with pytest.raises(InputError, match="empty"):
+        ids(engine.submit([]))
+    only_read = engine.submit(PROMPTS[1], max_tokens=0)
+    assert [chunk.id for chunk in only_read] == [None]
+    assert only_read.cache.unread
+
+
+def test_a_long_prompt_does_not_hold_the_others_up(loaded, engine) -> None:
+    """Reference: the order of events: between two pieces of the prompt the other stream gets its token."""
+    other = engine.submit(PROMPTS[0], on_end="pass")
+    next(other)
+    reader = engine.submit(PROMPTS[1] * 60, max_tokens=1)
+    during = 0
+    while reader.state != "done":
+        next(other)
+        during += 1
+    assert during >= 10
+    other.cancel()
+    assert len(ids(reader)) == 1
