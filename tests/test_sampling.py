@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stories import STORIES
 from streamllm.config import SamplingConfig
 from streamllm.errors import ConfigError, StateError, StreamLLMError
-from streamllm.sampling import Sampler
+from streamllm.sampling import Sampler, draw
 
 V = 97
 
@@ -162,6 +162,50 @@ def test_half_precision_logits_are_drawn_from_in_float32(dtype: torch.dtype, set
     config = SamplingConfig(seed=2, **settings)
     low, full = Sampler(config), Sampler(config)
     assert [low(row) for row in rows] == [full(row.float()) for row in rows]
+
+
+def make_samplers() -> list[Sampler]:
+    """One sampler of each kind: all settings, greedy and not, with bans and without, some of which have read ids."""
+    kinds = [*SETTINGS, {}, {"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.4}]
+    samplers = []
+    for seed in range(2 * len(kinds)):
+        config = SamplingConfig(seed=seed, repetition_window=9, **kinds[seed % len(kinds)])
+        samplers.append(Sampler(config, banned=[3, seed, 10**6] if seed >= len(kinds) else []))
+        samplers[-1].observe(range(seed))
+    return samplers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_drawn_together_are_drawn_as_if_alone(dtype: torch.dtype) -> None:
+    """Reference: each sampler in a call of its own, for 40 tokens; what it remembers and its state are compared too."""
+    together, alone = make_samplers(), make_samplers()
+    for step in range(40):
+        logits = logits_of(step, len(alone)).to(dtype)
+        before = logits.clone()
+        assert draw(logits, together) == [sampler(row) for sampler, row in zip(alone, logits, strict=True)]
+        assert torch.equal(logits, before)
+    assert [sampler.state() for sampler in together] == [sampler.state() for sampler in alone]
+    assert draw(torch.empty(0, V), []) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_cannot_be_drawn_from_does_no_harm_to_the_others(bad: float) -> None:
+    """Reference: the other rows without it, and the error that the bad row raises alone."""
+    together, alone = make_samplers(), make_samplers()
+    logits = logits_of(1, len(alone))
+    poisoned = [2, len(SETTINGS) + 1, len(alone) - 3]  # the second and the third are greedy or have bans
+    for i in poisoned:
+        logits[i] = bad
+    drawn = draw(logits, together)
+    for i, (sampler, row) in enumerate(zip(alone, logits, strict=True)):
+        if i in poisoned:
+            read = list(sampler.recent)
+            with pytest.raises(StreamLLMError) as error:
+                sampler(row)
+            assert (type(drawn[i]), str(drawn[i])) == (StreamLLMError, str(error.value))
+            assert list(together[i].recent) == read
+        else:
+            assert drawn[i] == sampler(row)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

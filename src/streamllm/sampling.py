@@ -1,8 +1,8 @@
-"""Logits to the next token: penalty, ban, temperature, top-k, top-p, min-p, draw.
+"""Logits to the next token: what one stream has seen and forbids, its settings, and its random numbers.
 
-The steps and their order are those of transformers' ``generate()``, done by its own public processors. Nothing here
-knows about models, caches or text. Shapes: ``V`` vocabulary, ``W`` recent tokens; the processors want a batch, so
-``[V]`` becomes ``[1, V]``. The memory is bounded by ``SamplingConfig.repetition_window``.
+The steps and their order are those of transformers' ``generate()``: penalty, ban, then temperature, top-k, top-p, min-p
+and the draw, which are the work of ``race``. Nothing here knows about models, caches or text. Shapes: ``B`` streams,
+``V`` vocabulary, ``W`` recent tokens. The memory is bounded by ``SamplingConfig.repetition_window``.
 """
 
 from __future__ import annotations
@@ -13,24 +13,14 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from streamllm.config import SamplingConfig
 from streamllm.errors import ConfigError, StateError, StreamLLMError
-
-GREEDY_BELOW = 1e-5
-"""A temperature below this takes the most likely token: dividing by it would overflow float32."""
+from streamllm.race import race
 
 
 class Sampler:
@@ -58,13 +48,6 @@ class Sampler:
         self.recent: deque[int] = deque(maxlen=config.repetition_window)
         self.seed = secrets.randbits(63) if config.seed is None else config.seed
         self._generator = torch.Generator(device=device).manual_seed(self.seed)
-        self._greedy = config.temperature < GREEDY_BELOW
-        self._penalty = (
-            RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty))
-            if config.repetition_penalty != 1
-            else None
-        )
-        self._warpers = _make_warpers(config)
         self._ban: Tensor | None = None
 
     def __call__(self, logits: Tensor) -> int:
@@ -73,15 +56,10 @@ class Sampler:
         Raises:
             StreamLLMError: the logits hold nan or infinity, or nothing is left to draw from.
         """
-        if self._penalty is not None or self.banned:
-            logits = self._reweigh(logits.float())
-        # The largest logit tells everything: nan wins over every number, and -inf means that nothing is left.
-        peak, best = torch.max(logits, dim=-1)
-        if not math.isfinite(peak.item()):
-            raise StreamLLMError(self._why_nothing(peak.item()))
-        token = int(best) if self._greedy else self._draw(logits.float())
-        self.recent.append(token)
-        return token
+        (drawn,) = draw(logits[None], [self])
+        if isinstance(drawn, StreamLLMError):
+            raise drawn
+        return drawn
 
     def observe(self, ids: Iterable[int]) -> None:
         """Record tokens that were read, so that the repetition penalty sees the prompt too."""
@@ -125,23 +103,25 @@ class Sampler:
             ) from error
         return sampler
 
-    def _reweigh(self, logits: Tensor) -> Tensor:
-        """Apply the penalty and the ban to logits ``[V]``; the caller's tensor stays as it is."""
-        if self._penalty is not None and self.recent:
-            seen = torch.tensor([list(self.recent)], device=logits.device)  # [1, W]
-            logits = self._penalty(seen, logits[None])[0]
+    @property
+    def _reweighs(self) -> bool:
+        """Whether some logits are changed before the draw."""
+        return bool(self.banned) or self.config.repetition_penalty != 1
+
+    def _reweigh(self, logits: Tensor) -> None:
+        """Apply the penalty and the ban to float32 logits ``[V]``, in place."""
+        size = logits.shape[-1]
+        penalty = self.config.repetition_penalty
+        if penalty != 1:
+            inside = [token for token in self.recent if token < size]
+            seen = torch.tensor(inside, dtype=torch.long, device=logits.device)  # [W]
+            old = logits[seen]
+            logits[seen] = torch.where(old < 0, old * penalty, old / penalty)  # an id seen twice counts once
         if self.banned:
             if self._ban is None:
-                inside = [token for token in self.banned if token < logits.shape[-1]]
+                inside = [token for token in self.banned if token < size]
                 self._ban = torch.tensor(inside, dtype=torch.long, device=logits.device)
-            logits = logits.index_fill(-1, self._ban, -math.inf)
-        return logits
-
-    def _draw(self, logits: Tensor) -> int:
-        """Draw one id from finite float32 logits ``[V]``."""
-        unread = cast(torch.LongTensor, torch.empty(1, 0, dtype=torch.long))  # the warpers look at no ids
-        scores = self._warpers(unread, logits[None])  # [1, V]
-        return int(torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=self._generator))
+            logits.index_fill_(-1, self._ban, -math.inf)
 
     def _why_nothing(self, peak: float) -> str:
         """Return the message for logits that cannot be drawn from."""
@@ -156,15 +136,24 @@ class Sampler:
         )
 
 
-def _make_warpers(config: SamplingConfig) -> LogitsProcessorList:
-    """Return the processors that ``generate(do_sample=True)`` would use, in its order."""
-    warpers = LogitsProcessorList()
-    if config.temperature != 1 and config.temperature >= GREEDY_BELOW:
-        warpers.append(TemperatureLogitsWarper(float(config.temperature)))
-    if config.top_k > 0:
-        warpers.append(TopKLogitsWarper(top_k=int(config.top_k)))
-    if config.top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p=float(config.top_p)))
-    if config.min_p > 0:
-        warpers.append(MinPLogitsWarper(min_p=float(config.min_p)))
-    return warpers
+def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | StreamLLMError]:
+    """Draw one id from each row of logits ``[B, V]`` with the sampler of that row, and record it there.
+
+    Place ``i`` holds the id that ``samplers[i](logits[i])`` would draw, or the error that it would raise: a stream that
+    fails does no harm to the others. It records nothing then, but its random numbers are spent.
+    """
+    assert len(logits) == len(samplers), f"{len(logits)} rows of logits, {len(samplers)} samplers"
+    reweighs = any(sampler._reweighs for sampler in samplers)
+    scores = logits.detach().to(torch.float32, copy=reweighs)  # the caller's logits stay as they are
+    if reweighs:
+        for row, sampler in zip(scores, samplers, strict=True):
+            sampler._reweigh(row)
+    tokens = race(scores, [sampler.config for sampler in samplers], [sampler._generator for sampler in samplers])
+    drawn: list[int | StreamLLMError] = []
+    for i, (sampler, token) in enumerate(zip(samplers, tokens, strict=True)):
+        if token is None:
+            drawn.append(StreamLLMError(sampler._why_nothing(scores[i].max().item())))
+        else:
+            sampler.recent.append(token)
+            drawn.append(token)
+    return drawn
