@@ -166,6 +166,7 @@ def test_a_stop_string_ends_the_answer() -> None:
         (["run", "--save", "no-such-folder/x.stream", "hi"], 1, "Cannot save"),
         (["run", "--save", ".", "hi"], 1, "folder"),
         (["doctor", "--window", "4096"], 2, "does not lengthen"),
+        (["run", "--quantize", "int3", "hi"], 2, "no quantisation 'int3'; choose one of none, int8, int4"),
     ],
 )
 def test_bad_input_is_one_sentence_and_the_right_exit_code(arguments: list[str], code: int, sentence: str) -> None:

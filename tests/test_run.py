@@ -37,6 +37,7 @@ def job(**changes: Any) -> Job:
             "model": str(STORIES),
             "device": "cpu",
             "dtype": "auto",
+            "quantize": "none",
             "cache": CacheConfig(),
             "sampling": SamplingConfig(temperature=0),
             "explicit": frozenset(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -25,7 +26,7 @@ PIECES, DIGESTED = 64, 1 << 14
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def check(folder: Path) -> None:
@@ -51,9 +52,10 @@ def shown(folder: Path) -> str:
     return EMBEDDED if folder.parent.name == "assets" and folder.name == EMBEDDED else str(folder)
 
 
-def digest(folder: Path) -> str:
-    """Tell models apart: over the config and pieces of the weights, without reading all their bytes."""
+def digest(folder: Path, quantize: str = "none") -> str:
+    """Tell models apart: over config, quantisation and pieces of the weights, without reading all their bytes."""
     found = hashlib.sha256((folder / "config.json").read_bytes())
+    found.update(b"" if quantize == "none" else quantize.encode())
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened:
             end = opened.seek(0, os.SEEK_END)
@@ -71,6 +73,15 @@ def weights_bytes(folder: Path, dtype: str = "auto") -> int:
     for kind, count in _tensors(folder):
         total += count * (itemsize if itemsize and kind in _FLOATS else _BYTES.get(kind, 1))
     return total
+
+
+def stored_dtype(folder: Path) -> str | None:
+    """Return the dtype in which most of the weights in ``folder`` are stored; ``None``: in none that is known."""
+    counts: Counter[str] = Counter()
+    for kind, count in _tensors(folder):
+        if kind in _FLOATS:
+            counts[_FLOATS[kind]] += count
+    return max(counts, key=counts.__getitem__, default=None)
 
 
 def size(count: int) -> str:

@@ -33,6 +33,7 @@ from streamllm.flags import (
     MaxTokens,
     MinP,
     Model,
+    Quantize,
     Quiet,
     RepetitionPenalty,
     Seed,
@@ -100,6 +101,7 @@ def run(
     prompt: Annotated[str | None, one_off("-p", "--prompt", help="The same, as a flag.", command="run")] = None,
     device: Device = SETTINGS["device"].default,
     dtype: Dtype = SETTINGS["dtype"].default,
+    quantize: Quantize = SETTINGS["quantize"].default,
     sinks: Sinks = CacheConfig.sinks,
     window: Window = CacheConfig.window,
     block: Block = CacheConfig.block,
@@ -133,6 +135,7 @@ def run(
         model=model,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         cache=CacheConfig(sinks, window, block),
         sampling=SamplingConfig(
             temperature=temperature,
@@ -242,6 +245,7 @@ def doctor(
     model: Model = None,
     device: Device = SETTINGS["device"].default,
     dtype: Dtype = SETTINGS["dtype"].default,
+    quantize: Quantize = SETTINGS["quantize"].default,
     sinks: Sinks = CacheConfig.sinks,
     window: Window = CacheConfig.window,
     block: Block = CacheConfig.block,
@@ -261,7 +265,7 @@ def doctor(
         from streamllm.doctor import examine
         from streamllm.models import locate
 
-        report = examine(model, config=config, device=device, dtype=dtype)
+        report = examine(model, config=config, device=device, dtype=dtype, quantize=quantize)
         screen.settle()
         measured = verdict_of(EVALUATIONS["sinks"], results, locate(model)) if report.is_fit else None
         if json:

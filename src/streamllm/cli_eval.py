@@ -20,7 +20,7 @@ from streamllm.errors import ConfigError
 from streamllm.evaluate.catalogue import EVALUATIONS
 from streamllm.evaluate.evaluation import Evaluation
 from streamllm.evaluate.job import OUT, EvalJob
-from streamllm.flags import Debug, Device, Dtype, Json, Model, Quiet, begin, one_off, setting, source
+from streamllm.flags import Debug, Device, Dtype, Json, Model, Quantize, Quiet, begin, one_off, setting, source
 from streamllm.settings import SETTINGS
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The paper's evaluations, on any model.")
@@ -63,6 +63,7 @@ def _command(kind: type[Evaluation]) -> Callable[..., None]:
             model=values["model"],
             device=values["device"],
             dtype=values["dtype"],
+            quantize=values["quantize"],
             settled=tuple(_settled(ctx, values)),
             files=(*(values["data"] or ()), *(values["files"] or ())),
             out=values["out"],
@@ -95,6 +96,7 @@ def _command(kind: type[Evaluation]) -> Callable[..., None]:
         _parameter("quick", Quick, False),
         _parameter("device", Device, SETTINGS["device"].default),
         _parameter("dtype", Dtype, SETTINGS["dtype"].default),
+        _parameter("quantize", Quantize, SETTINGS["quantize"].default),
         _parameter("json", Json, False),
         _parameter("quiet", Quiet, False),
         _parameter("debug", Debug, False),

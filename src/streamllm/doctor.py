@@ -22,6 +22,7 @@ from streamllm.cache import SinkCache
 from streamllm.checkpoint import shown, size, weights_bytes
 from streamllm.config import CacheConfig
 from streamllm.errors import UnsupportedModelError
+from streamllm.quantize import bytes_of, kind_of, numbers_of
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub")
 
@@ -57,7 +58,8 @@ class Report:
         """Return everything, ready for JSON; sizes in bytes, lengths in tokens."""
         found = asdict(self)
         facts = found.pop("facts")
-        facts.pop("cache", None)  # in words
+        for name in ("cache", "numbers"):  # in words
+            facts.pop(name, None)
         return {**found, **facts}
 
     def rows(self) -> list[tuple[str, str]]:
@@ -74,7 +76,7 @@ class Report:
             trained = facts["trained_length"]
             rows += [
                 ("family", facts["family"]),
-                ("weights", f"{size(facts['weights_bytes'])}, {facts['dtype']} on {facts['device']}"),
+                ("weights", f"{size(facts['weights_bytes'])}, {facts['numbers']} on {facts['device']}"),
                 ("positions", f"{facts['positions']} (residual {facts['residual']:.1e})"),
                 ("trained length", f"{grouped(trained)} tokens" if trained else "unknown"),
                 ("layers", kinds),
@@ -90,6 +92,7 @@ def examine(
     config: CacheConfig | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str = "none",
 ) -> Report:
     """Load a model and say how it streams.
 
@@ -98,6 +101,7 @@ def examine(
         config: the cache to plan for.
         device: as ``models.load``.
         dtype: as ``models.load``.
+        quantize: as ``models.load``.
 
     Raises:
         ConfigError: the cache does not suit this model, such as a window beyond its trained length.
@@ -107,7 +111,7 @@ def examine(
     facts: dict[str, Any] = {}
     reason: str | None = None
     try:
-        model, _ = models.load(folder, device=device, dtype=dtype)
+        model, _ = models.load(folder, device=device, dtype=dtype, quantize=quantize)
         wanted = config or CacheConfig()
         cache = SinkCache(model, wanted.sinks, wanted.window, wanted.block)
     except UnsupportedModelError as error:
@@ -134,12 +138,14 @@ def grouped(count: int) -> str:
 
 
 def _facts(model: Any, cache: SinkCache, folder: Path) -> dict[str, Any]:
-    spec = cache.spec
+    spec, kind, dtype = cache.spec, kind_of(model), str(model.dtype).removeprefix("torch.")
     return {
         "family": spec.model_type,
         "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights_bytes": weights_bytes(folder, str(model.dtype).removeprefix("torch.")),
+        "dtype": dtype,
+        "quantize": kind,
+        "numbers": numbers_of(model),
+        "weights_bytes": weights_bytes(folder, dtype) if kind == "none" else bytes_of(model),
         "positions": spec.positions,
         "residual": spec.residual,
         "trained_length": spec.trained_length,

@@ -30,6 +30,7 @@ def one_off(*flags: str, help: str, command: str) -> Any:
 Model = Annotated[str | None, setting("model")]
 Device = Annotated[str, setting("device")]
 Dtype = Annotated[str, setting("dtype")]
+Quantize = Annotated[str, setting("quantize")]
 Sinks = Annotated[int, setting("sinks")]
 Window = Annotated[int | None, setting("window")]
 Block = Annotated[int, setting("block")]

@@ -45,6 +45,7 @@ class Job:
     model: str | None
     device: str
     dtype: str
+    quantize: str
     cache: CacheConfig
     sampling: SamplingConfig
     explicit: frozenset[str]
@@ -83,7 +84,7 @@ class Job:
             folder = models.locate(self.model)
             name = shown(folder)
             screen.spin(f"loading {name}")
-            model, tokenizer = models.load(folder, device=self.device, dtype=self.dtype)
+            model, tokenizer = models.load(folder, device=self.device, dtype=self.dtype, quantize=self.quantize)
             saved = self._open(model, tokenizer)
             on_end = self._on_end(tokenizer)
             sampler, decoder = self._voice(model, tokenizer, saved, on_end)
@@ -237,9 +238,10 @@ def _json_line(kind: str, **fields: Any) -> str:
 def _banner(screen: Screen, name: str, cache: SinkCache, model: PreTrainedModel) -> None:
     """Say what runs, in how much room, and what not to expect."""
     from streamllm.doctor import sizes
+    from streamllm.quantize import numbers_of
 
     screen.settle()
-    screen.note(f"{name} · {sizes(cache)} · {str(model.dtype).removeprefix('torch.')} on {model.device}")
+    screen.note(f"{name} · {sizes(cache)} · {numbers_of(model)} on {model.device}")
     screen.note("What has left the window is forgotten: fluent for ever is not remembering for ever. Ctrl-C stops.")
 
 

@@ -89,6 +89,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("model", str, "A folder, or a Hub id; the embedded story model if left out.", short="-m"),
         Setting("device", str, "auto, cpu, cuda, cuda:1, mps, ...", "auto"),
         Setting("dtype", str, "auto, float32, bfloat16, float16 or float64.", "auto"),
+        Setting("quantize", str, "none, int8 or int4: fewer bits a weight, on the CPU.", "none"),
         Setting("sinks", int, "Tokens at the head of the stream that never leave.", _CACHE.sinks),
         Setting("window", int, "Most recent tokens seen; half the trained length, at most 1020."),
         Setting("block", int, "Tokens that leave together when the cache is full.", _CACHE.block),

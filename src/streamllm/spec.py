@@ -22,6 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, get_layer_ty
 
 from streamllm.config import UNKNOWN_TRAINED_LENGTH
 from streamllm.errors import ConfigError, UnsupportedModelError
+from streamllm.quantize import kind_of
 from streamllm.rope import Rotation, fit
 
 Positions = Literal["rotary", "alibi", "none", "absolute"]
@@ -173,7 +174,8 @@ class _Probe:
         self.trained = _trained_length(self.config)
         self.positions = tuple(p for p in PROBE_POSITIONS if p < (self.trained or UNKNOWN_TRAINED_LENGTH))
         # Rounding of the model's own arithmetic; a wrong rotation is off by about 1.
-        self.tolerance = 5e-2 if model.dtype in (torch.bfloat16, torch.float16) else 2e-3
+        is_coarse = model.dtype in (torch.bfloat16, torch.float16) or kind_of(model) != "none"
+        self.tolerance = 5e-2 if is_coarse else 2e-3
 
     def spec(self) -> ModelSpec:
         kinds = self._layers()

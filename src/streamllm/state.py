@@ -100,7 +100,11 @@ def load_state(
     theirs, ours = header.get("model"), dataclasses.asdict(inspect_model(model).fingerprint)
     if theirs != ours:
         named = theirs.get("model_type") if isinstance(theirs, dict) else None
-        what = "other weights or another dtype" if named == ours["model_type"] else f"a model of type {named!r}"
+        what = (
+            "other weights or another dtype or quantisation"
+            if named == ours["model_type"]
+            else f"a model of type {named!r}"
+        )
         raise StateError(f"{path} was saved with {what}; load the model that it was saved with.")
     try:
         cache = SinkCache.restore(model, header["cache"], tensors)

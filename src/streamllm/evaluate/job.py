@@ -46,6 +46,7 @@ class EvalJob:
     model: str | None
     device: str
     dtype: str
+    quantize: str
     files: tuple[str, ...]
     out: Path
     quick: bool
@@ -71,15 +72,16 @@ class EvalJob:
             folder = models.locate(self.model)
             name = shown(folder)
             screen.spin(f"loading {name}")
-            model, tokenizer = models.load(folder, device=self.device, dtype=self.dtype)
+            model, tokenizer = models.load(folder, device=self.device, dtype=self.dtype, quantize=self.quantize)
             screen.settle()
 
             # 3. the measurement
             import torch
 
             from streamllm.evaluate.desk import Desk, Interrupted
+            from streamllm.quantize import numbers_of
 
-            dtype = str(model.dtype).removeprefix("torch.")
+            dtype = numbers_of(model)
             command, device = show_command(["streamllm"], [*sys.argv[1:], *self.settled]), str(model.device)
             record = begin_record(evaluation.name, command, base_name(name), dtype, device)
             plan = {
@@ -90,8 +92,9 @@ class EvalJob:
                 "device": device,
                 "version": record.machine["streamllm"],
             }
-            weights = digest(folder)
-            target = target_of(self.out, evaluation.name, name, weights, quick=self.quick)
+            weights = digest(folder, self.quantize)
+            called = name if self.quantize == "none" else f"{base_name(name)}-{self.quantize}"
+            target = target_of(self.out, evaluation.name, called, weights, quick=self.quick)
             desk = Desk(model, tokenizer, self.files, self.out, evaluation.name, json_able(plan), screen, signals)
             signals.defer(None if self.quiet else PATIENCE)
             try:

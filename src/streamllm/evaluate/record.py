@@ -43,7 +43,7 @@ class Record:
         commit: of the working tree; "-dirty" if other files than results differ from it, "unknown" without git.
         machine: processor, cores, memory, system, versions, threads, and how busy it was in the minute before.
         model: what was run.
-        dtype: of its weights.
+        dtype: of its weights, and in how many bits they are kept if that is another.
         figures: what was measured.
         format: of the file.
     """
