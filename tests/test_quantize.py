@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from streamllm.decode import DecodeStep
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -25,7 +26,6 @@ from stories import STORIES
 from streamllm import matvec, models, quantize
 from streamllm.cache import SinkCache
 from streamllm.cli import app
-from streamllm.decode import DecodeStep
 from streamllm.doctor import examine
 from streamllm.errors import ConfigError, StateError, UnsupportedModelError
 from streamllm.quantize import Int4Linear, Int8Linear, PackedLinear, check_kind, kind_of

@@ -25,11 +25,13 @@ from streamllm.evaluate.catalogue import EVALUATIONS
 from streamllm.evaluate.job import OUT, verdict_of
 from streamllm.flags import (
     Block,
+    Compile,
     Debug,
     Device,
     Dtype,
     Endless,
     Json,
+    KvDtype,
     MaxTokens,
     MinP,
     Model,
@@ -105,6 +107,8 @@ def run(
     sinks: Sinks = CacheConfig.sinks,
     window: Window = CacheConfig.window,
     block: Block = CacheConfig.block,
+    kv_dtype: KvDtype = CacheConfig.kv_dtype,
+    compile: Compile = SETTINGS["compile"].default,
     temperature: Temperature = SamplingConfig.temperature,
     top_k: TopK = SamplingConfig.top_k,
     top_p: TopP = SamplingConfig.top_p,
@@ -136,7 +140,8 @@ def run(
         device=device,
         dtype=dtype,
         quantize=quantize,
-        cache=CacheConfig(sinks, window, block),
+        cache=CacheConfig(sinks, window, block, kv_dtype=kv_dtype),
+        compile=compile,
         sampling=SamplingConfig(
             temperature=temperature,
             top_k=top_k,
@@ -249,6 +254,7 @@ def doctor(
     sinks: Sinks = CacheConfig.sinks,
     window: Window = CacheConfig.window,
     block: Block = CacheConfig.block,
+    kv_dtype: KvDtype = CacheConfig.kv_dtype,
     results: Annotated[
         Path, one_off("--results", help="Folder of streamllm eval, to show what is known.", command="doctor")
     ] = OUT,
@@ -258,7 +264,7 @@ def doctor(
 ) -> None:
     """Say whether and how a model can stream here."""
     begin(ctx)
-    config = CacheConfig(sinks, window, block)
+    config = CacheConfig(sinks, window, block, kv_dtype=kv_dtype)
     with Screen(quiet=quiet) as screen:
         answer = Answer()
         screen.spin("examining")

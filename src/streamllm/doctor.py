@@ -113,7 +113,7 @@ def examine(
     try:
         model, _ = models.load(folder, device=device, dtype=dtype, quantize=quantize)
         wanted = config or CacheConfig()
-        cache = SinkCache(model, wanted.sinks, wanted.window, wanted.block)
+        cache = SinkCache(model, wanted.sinks, wanted.window, wanted.block, kv_dtype=wanted.kv_dtype)
     except UnsupportedModelError as error:
         verdict, reason = "unfit", str(error)
     else:

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamllm.config import CacheConfig, OnEnd, SamplingConfig
 from streamllm.console import Answer, Screen, Signals, join, read_stdin
-from streamllm.errors import ConfigError, StateError
+from streamllm.errors import ConfigError, StateError, StreamLLMWarning
+from streamllm.settings import SETTINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from streamllm.sampling import Sampler
     from streamllm.state import SavedStream
 
-CACHE_FLAGS = ("sinks", "window", "block")
+CACHE_FLAGS = ("sinks", "window", "block", "kv_dtype")
 SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -47,6 +49,7 @@ class Job:
     dtype: str
     quantize: str
     cache: CacheConfig
+    compile: bool
     sampling: SamplingConfig
     explicit: frozenset[str]
     max_tokens: int | None
@@ -108,8 +111,12 @@ class Job:
                 cache=saved.cache,
                 on_end=on_end,
                 decoder=decoder,
+                compile=self.compile,
             )
-            last = self._show(chunks, answer, screen, signals)
+            if self.compile:
+                screen.spin("compiling the decode step; once for this model")
+            with told(screen):
+                last = self._show(chunks, answer, screen, signals)
 
             # 4. leave in order
             if self.save is not None:
@@ -134,14 +141,15 @@ class Job:
         from streamllm.state import SavedStream, load_state
 
         if self.resume is None:
-            return SavedStream(SinkCache(model, self.cache.sinks, self.cache.window, self.cache.block))
+            config = self.cache
+            return SavedStream(SinkCache(model, config.sinks, config.window, config.block, kv_dtype=config.kv_dtype))
         saved = load_state(self.resume, model, tokenizer)
         for name in CACHE_FLAGS:
             here, there = getattr(self.cache, name), getattr(saved.cache.config, name)
             if name in self.explicit and here != there:
                 raise ConfigError(
-                    f"--{name} {here} contradicts {self.resume}, which was saved with {name} {there} and keeps it: "
-                    "leave the flag out, or begin a new stream."
+                    f"{SETTINGS[name].flag} {here} contradicts {self.resume}, which was saved with {there} and keeps "
+                    "it: leave the flag out, or begin a new stream."
                 )
         return saved
 
@@ -189,6 +197,24 @@ class Job:
         elif answer.is_terminal:
             answer.write("\n")
         return last
+
+
+@contextlib.contextmanager
+def told(screen: Screen) -> Iterator[None]:
+    """Show our own warnings in one line each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", StreamLLMWarning)
+        before = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, StreamLLMWarning):
+                screen.settle()
+                screen.line(str(message))
+            else:
+                before(message, category, *place, **more)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def check_target(path: Path) -> None:

@@ -93,6 +93,8 @@ SETTINGS: dict[str, Setting] = {
         Setting("sinks", int, "Tokens at the head of the stream that never leave.", _CACHE.sinks),
         Setting("window", int, "Most recent tokens seen; half the trained length, at most 1020."),
         Setting("block", int, "Tokens that leave together when the cache is full.", _CACHE.block),
+        Setting("kv_dtype", str, "auto, as the model; or int8: the cache in eight bits.", _CACHE.kv_dtype),
+        Setting("compile", bool, "Compile the decode step: faster, after a minute the first time.", False),
         Setting("temperature", float, "0 takes the most likely token.", _DRAW.temperature),
         Setting("top_k", int, "Keep the K most likely tokens; 0 keeps all.", _DRAW.top_k),
         Setting("top_p", float, "Keep the most likely tokens that add up to P.", _DRAW.top_p),

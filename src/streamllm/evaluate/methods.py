@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from streamllm.config import CacheConfig
 from streamllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def dense_tokens(model: PreTrainedModel, spec: ModelSpec, asked: int | None) -> 
     return min(most, free // (4 * each)) if free and each else most  # keys and values grow by copying
 
 
-def cache_maker(method: str, model: PreTrainedModel, sinks: int, window: int, block: int) -> Callable[[], Cache]:
+def cache_maker(
+    method: str, model: PreTrainedModel, sinks: int, window: int, block: int, kv_dtype: str = CacheConfig.kv_dtype
+) -> Callable[[], Cache]:
     """What makes the cache of a method, of one row.
 
     Raises:
@@ -65,9 +68,9 @@ def cache_maker(method: str, model: PreTrainedModel, sinks: int, window: int, bl
     size = sinks + window
     makers: dict[str, Callable[[], Cache]] = {
         "dense": lambda: DynamicCache(config=model.config),
-        "window": lambda: SinkCache(model, 0, size, block),
+        "window": lambda: SinkCache(model, 0, size, block, kv_dtype=kv_dtype),
         "recompute": lambda: SinkCache(model, 0, size, 1, reread=True),
         "recompute-block": lambda: SinkCache(model, 0, size, block, reread=True),
-        "streaming": lambda: SinkCache(model, sinks, window, block),
+        "streaming": lambda: SinkCache(model, sinks, window, block, kv_dtype=kv_dtype),
     }
     return makers[method]

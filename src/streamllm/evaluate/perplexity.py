@@ -36,7 +36,7 @@ class Perplexity(Evaluation):
     Args:
         methods: of ``METHODS``.
         tokens: of the text at most; ``None``: all of it.
-        sinks, window, block: of the cache (``CacheConfig``).
+        sinks, window, block, kv_dtype: of the cache (``CacheConfig``).
         step: tokens of a forward; 1 reads token by token, as the paper's reference does.
         dense_limit: tokens of the head, which dense attention reads too; ``None``: 8 trained lengths, or what fits
             into the memory.
@@ -52,6 +52,7 @@ class Perplexity(Evaluation):
     sinks: int = CacheConfig.sinks
     window: int | None = CacheConfig.window
     block: int = CacheConfig.block
+    kv_dtype: str = CacheConfig.kv_dtype
     step: int = option(PREFILL_CHUNK, "Tokens of a forward; changes the time only.")
     dense_limit: int | None = option(None, "Tokens that dense attention reads; 8 trained lengths if left out.")
     recompute_limit: int = option(2000, "Tokens that re-computation at every token reads.")
@@ -62,7 +63,7 @@ class Perplexity(Evaluation):
     quick: ClassVar[dict[str, Any]] = {"tokens": 3000, "window": 124, "dense_limit": 1200, "recompute_limit": 200}
 
     def __post_init__(self) -> None:
-        CacheConfig(self.sinks, self.window, self.block)
+        CacheConfig(self.sinks, self.window, self.block, kv_dtype=self.kv_dtype)
         check_methods(self.methods)
         check_count("step", self.step, 1)
         check_count("recompute_limit", self.recompute_limit, 2)
@@ -77,7 +78,7 @@ class Perplexity(Evaluation):
         from streamllm.cache import SinkCache
         from streamllm.evaluate.curve import Curve
 
-        fitted = SinkCache(desk.model, self.sinks, self.window, self.block)
+        fitted = SinkCache(desk.model, self.sinks, self.window, self.block, kv_dtype=self.kv_dtype)
         window, trained = fitted.config.window, fitted.spec.trained_length
         assert window is not None
         text = desk.text(self.tokens, least=fitted.capacity + 2, every_document=self.every_document)
@@ -85,7 +86,7 @@ class Perplexity(Evaluation):
         head = min(total, self.dense_limit or DENSE_CONTEXTS * fitted.spec.limit)
         dense = dense_tokens(desk.model, fitted.spec, self.dense_limit)
         limits = {"dense": min(head, dense), "recompute": min(head, self.recompute_limit)}
-        makers = {m: cache_maker(m, desk.model, self.sinks, window, self.block) for m in self.methods}
+        makers = {m: cache_maker(m, desk.model, self.sinks, window, self.block, self.kv_dtype) for m in self.methods}
         endless = [m for m in self.methods if m not in ONLY_HEAD] if total > head else []
         steps = sum(limits.get(m, head) - 1 for m in self.methods) + len(endless) * (total - 1)
         fresh = _fresh_parts(total - 1, fitted) if "streaming" in endless else []
@@ -93,7 +94,7 @@ class Perplexity(Evaluation):
         found: Figures = {
             "tokens": total,
             "files": text.files,
-            "cache": {"sinks": self.sinks, "window": window, "block": self.block},
+            "cache": {"sinks": self.sinks, "window": window, "block": self.block, "kv_dtype": self.kv_dtype},
             "trained_length": trained,
             "head": {"tokens": head, "methods": {}},
             "stream": None,
@@ -190,6 +191,7 @@ class Perplexity(Evaluation):
 
         sizes, both = figures["cache"], figures["stream"] is not None
         title = f"{sizes['sinks']} + {sizes['window']} tokens cached, blocks of {sizes['block']}"
+        title += "" if sizes.get("kv_dtype", "auto") == "auto" else f", in {sizes['kv_dtype']}"
         figure, axes = make_figure(title, 3, rows=2 if both else 1)
         for row, part in enumerate(("head", "stream") if both else ("head",)):
             losses, memory, times = axes[3 * row : 3 * row + 3]
