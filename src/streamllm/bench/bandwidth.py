@@ -57,7 +57,7 @@ def measure_bandwidth(device: torch.device, count: int | None = None) -> Bandwid
     vector = torch.ones(width, device=device)
     bytes_read = matrix.numel() * matrix.element_size()
     product = _fastest(lambda: torch.mv(matrix, vector), device)
-    total = _fastest(lambda: matrix.sum(), device)
+    total = _fastest(matrix.sum, device)
     return Bandwidth(bytes_read / product, bytes_read / total)
 
 

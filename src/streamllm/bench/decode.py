@@ -36,7 +36,6 @@ def make_method(name: str, subject: Subject, window: int, rows: int = 1) -> Meth
 @contextmanager
 def filled(names: Sequence[str], subject: Subject, window: int, rows: int, leave: Leave) -> Iterator[list[Method]]:
     """The methods that can be measured, their caches full; closed at the end."""
-    torch.compiler.reset()  # what was compiled for other shapes is not used again
     methods: list[Method] = []
     try:
         for name in names:
@@ -73,6 +72,7 @@ def measure_decode(
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """One entry a method; see ``_entry``."""
+    torch.compiler.reset()  # torch compiles one piece of code for a few shapes only; others are over and done with
     with filled(names, subject, window, rows, leave) as methods:
         peaks: dict[str, int] = {}
 

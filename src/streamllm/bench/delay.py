@@ -1,7 +1,6 @@
 """How long a stream waits for its first token when others decode beside it, against when it is alone.
 
-Knows no engine: whoever has one hands in how a prompt is submitted. Every stream that is handed out must come by itself,
-as the streams are drawn from by threads, one each.
+Knows no engine: whoever has one hands in how a prompt is submitted. The streams are drawn from by threads, one each.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ class _Company:
         self._stop = threading.Event()
         self._started = [threading.Event() for _ in range(count)]
         self._threads = [
-            threading.Thread(target=self._draw, args=(submit, prompt, started), daemon=True) for started in self._started
+            threading.Thread(target=self._draw, args=(submit, prompt, started), daemon=True)
+            for started in self._started
         ]
 
     def __enter__(self) -> None:

@@ -52,7 +52,8 @@ def write_gguf(model: LlamaForCausalLM, file: Path, kind: str) -> int:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    rope: Any = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
@@ -78,7 +79,7 @@ def write_gguf(model: LlamaForCausalLM, file: Path, kind: str) -> int:
 
 def _tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
     """All weights by llama.cpp's names; a tied head is left out, as the embedding stands for it."""
-    config = model.config
+    config: Any = model.config
     yield "token_embd.weight", model.model.embed_tokens.weight
     yield "output_norm.weight", model.model.norm.weight
     if not config.tie_word_embeddings:
@@ -92,7 +93,7 @@ def _tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
 
 def _paired(weight: Tensor, heads: int) -> Tensor:
     """Rows [H * D, hidden] of a head in the order in which llama.cpp pairs them."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
 def _array(weight: Tensor) -> np.ndarray[Any, Any]:

@@ -8,6 +8,7 @@ tokens, ``V`` vocabulary.
 from __future__ import annotations
 
 import shutil
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -61,7 +62,7 @@ class LlamaCpp(Steady):
     def read(self, ids: Tensor) -> Tensor:
         """Read ids [B, T]; see ``Method``."""
         width = max(1, BATCH // self.rows)
-        found = [self._decode(piece.tolist()) for piece in ids.split(width, 1)]
+        found = [self._decode(ids[:, first : first + width].tolist()) for first in range(0, ids.shape[1], width)]
         return found[-1]
 
     def step(self, ids: Tensor) -> Tensor:
@@ -178,8 +179,7 @@ def _loaded(subject: Subject, kind: str) -> _Loaded:
 
 def _api() -> Any:
     """The low-level interface, told to be quiet."""
-    import llama_cpp
-
+    llama_cpp: Any = import_module("llama_cpp")  # an import would make it a dependency
     global _silence  # noqa: PLW0603 -- it must live as long as the library may call it
     if _silence is None:
         _silence = llama_cpp.llama_log_callback(lambda *_: None)

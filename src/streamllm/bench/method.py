@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from streamllm.bench.bandwidth import wait, weight_bytes
-from streamllm.bench.subject import Subject
+from streamllm.bench.subject import Subject, one_by_one
 
 WARM_UP = 2
 """Steps before each turn that are not timed: the method before has left its own data in the processor's caches."""
@@ -89,7 +89,7 @@ class Method(ABC):
         """Bytes that a step cannot do without: weights, and keys and values; ``None``: it does more than a step."""
         return self.weight_bytes + self.rows * self.context * self.subject.token_bytes
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 -- most methods have nothing of the kind
         """Give back what Python does not give back by itself."""
 
 
@@ -112,7 +112,7 @@ class Steady(Method):
     def attended(self) -> int:
         """Tokens that the step before attended to, itself included."""
 
-    def rewind(self) -> None:  # noqa: B027 -- most methods are steady and need none
+    def rewind(self) -> None:
         """Get ready for a stretch; not timed."""
 
     @property
@@ -123,7 +123,7 @@ class Steady(Method):
     @torch.no_grad()
     def turn(self) -> float:
         """Decode one turn, every step waited for, as whoever shows the text must; milliseconds of a step."""
-        steps = self.ids.split(1, 1)
+        steps = one_by_one(self.ids)
         device = self.subject.device
         self.rewind()
         for ids in steps[:WARM_UP]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from streamllm.bench.bandwidth import wait, weight_bytes
 from streamllm.bench.method import Method, Misfit, Steady, forward
-from streamllm.bench.subject import Subject, twin
+from streamllm.bench.subject import Subject, one_by_one, twin
 from streamllm.cache import SinkCache
 from streamllm.decode import DecodeStep, why_not
 from streamllm.errors import ConfigError, StreamLLMError
@@ -115,7 +115,7 @@ class Compiled(Eager):
     def fill(self) -> None:
         """Read one token more than fits, and compile."""
         super().fill()
-        for ids in self.ids[:, :3].split(1, 1):
+        for ids in one_by_one(self.ids[:, :3]):
             self.step(ids)
 
     def step(self, ids: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class Shift(Method):
     @torch.no_grad()
     def turn(self) -> float:
         """One shift and some steps; milliseconds of a token, each with its part of the shift."""
-        if not self.cache.capacity == self.cache.tokens_cached // self.rows:
+        if self.cache.tokens_cached // self.rows < self.cache.capacity:
             self.read(self.subject.ids(self.rows, self.cache.room))
         # 1. the step with the shift, and some after it, at half a window
         shift = self._time(1)
@@ -203,7 +203,7 @@ class Shift(Method):
         """Milliseconds of a step."""
         wait(self.subject.device)
         began = time.perf_counter()
-        for ids in self.ids[:, :count].split(1, 1):
+        for ids in one_by_one(self.ids[:, :count]):
             forward(self.model, ids, self.cache)
             wait(self.subject.device)
         return (time.perf_counter() - began) * 1000 / count

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from streamllm.bench.bandwidth import wait
-from streamllm.bench.decode import Leave, filled, make_method
+from streamllm.bench.decode import Leave, make_method
 from streamllm.bench.method import Misfit
 from streamllm.bench.rounds import summary, take_turns
 from streamllm.bench.subject import Subject
 
-COMPARED = ("eager", "int8", "dense", "paper", "llamacpp-f32", "llamacpp-f16", "llamacpp-q8_0")
+COMPARED = ("eager", "int8", "dense", "llamacpp-f32", "llamacpp-f16", "llamacpp-q8_0")
 """Methods whose way to read a prompt differs; the compiled step is for single tokens, so it reads as eager does."""
 
 LONG = 4

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from streamllm.bench.bandwidth import wait
 from streamllm.bench.method import Method, Misfit, Steady, forward
 from streamllm.bench.raw_cache import RawCache
-from streamllm.bench.subject import Subject, twin
+from streamllm.bench.subject import Subject, one_by_one, twin
 
 
 def check_positions(subject: Subject, window: int) -> None:
@@ -162,7 +162,7 @@ class Reread(Method):
         wait(device)
         read = time.perf_counter()
         crop(self.cache, self.begin)
-        steps = self.ids[:, : self.steps].split(1, 1)
+        steps = one_by_one(self.ids[:, : self.steps])
         wait(device)
         middle = time.perf_counter()
         for ids in steps:

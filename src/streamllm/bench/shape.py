@@ -122,9 +122,9 @@ def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> LlamaF
     config = shape.config()
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model.to(dtype=dtype)  # type: ignore[call-arg]
+    model.to(dtype)  # type: ignore[arg-type]
     model.to_empty(device=device)
-    model.tie_weights()  # type: ignore[no-untyped-call]
+    model.tie_weights()
     draw = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -134,7 +134,8 @@ def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> LlamaF
                 weight.normal_(0, SCALE, generator=draw)
     # Its frequencies are no weights, so they have to be worked out again.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _check_memory(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:

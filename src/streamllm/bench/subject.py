@@ -101,6 +101,11 @@ class Subject:
         return Subject(model, shape, self.folder, self.sinks, self.block)
 
 
+def one_by_one(ids: Tensor) -> list[Tensor]:
+    """The columns of ids [B, T], each [B, 1]."""
+    return [ids[:, number : number + 1] for number in range(ids.shape[1])]
+
+
 def twin(model: PreTrainedModel, attention: str | None = None) -> PreTrainedModel:
     """A model of its own on the same weights in the same memory, tied as they are.
 

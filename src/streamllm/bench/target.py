@@ -43,7 +43,8 @@ class Target:
 
 def rows_of(targets: Sequence[Target]) -> list[tuple[str, ...]]:
     """One row a target: its name, value, limit and verdict."""
-    return [
-        (target.name, f"{target.value:.3f}", f"target {target.to_dict()['target']}", "met" if target.is_met else "not met")
-        for target in targets
-    ]
+    return [(t.name, f"{t.value:.3f}", f"target {t.to_dict()['target']}", _verdict(t)) for t in targets]
+
+
+def _verdict(target: Target) -> str:
+    return "met" if target.is_met else "not met"

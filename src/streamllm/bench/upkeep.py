@@ -20,7 +20,7 @@ from streamllm.bench.decode import Leave
 from streamllm.bench.method import Misfit
 from streamllm.bench.ours import Stepper, make_cache
 from streamllm.bench.rounds import summary
-from streamllm.bench.subject import Subject
+from streamllm.bench.subject import Subject, one_by_one
 from streamllm.cache import SinkCache
 
 
@@ -41,7 +41,7 @@ class Cycle:
         block, device = self.subject.block, self.subject.device
         assert self.cache.tokens_cached == self.cache.capacity
         times = []
-        for ids in self.subject.ids(1, block).split(1, 1):
+        for ids in one_by_one(self.subject.ids(1, block)):
             wait(device)
             began = time.perf_counter()
             self.stepper(ids)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from streamllm.bench.decode import Leave, filled
 from streamllm.bench.method import Method
 from streamllm.bench.rounds import summary, take_turns
@@ -34,6 +36,7 @@ def measure_window(
         if names:
             leave("the cost of the window alone", "it is told for Llamas, and for windows far beyond the block")
         return []
+    torch.compiler.reset()
     with filled(names, thin, window, 1, leave) as wide, filled(names, thin, tiny, 1, leave) as narrow:
         both: dict[str, Method] = {f"{method.name}+": method for method in wide}
         both |= {f"{method.name}-": method for method in narrow}
