@@ -62,8 +62,9 @@ def bench(
         block=block,
     )
     explicit = frozenset(name for name in ctx.params if source(ctx, name) == "flag")
+    plan = plan.quick(explicit) if quick else plan
     job = BenchJob(
-        plan=plan.quick(explicit) if quick else plan,
+        plan=plan,
         model=model,
         device=device,
         dtype=dtype,

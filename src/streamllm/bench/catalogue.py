@@ -30,9 +30,9 @@ METHODS: dict[str, Entry] = {
     "shift": Entry("forget half when full, move the keys of the rest (llama.cpp's context shift)", "ours:Shift"),
     "paper": Entry("the paper's scheme: raw keys joined and turned at every step, plain attention", "rivals:Paper"),
     "paper-sdpa": Entry("the same with SDPA, at its best", "rivals:PaperSdpa"),
-    "llamacpp-f32": Entry("llama.cpp on the same weights, F32", "llamacpp:F32"),
-    "llamacpp-f16": Entry("llama.cpp, F16", "llamacpp:F16"),
-    "llamacpp-q8_0": Entry("llama.cpp, Q8_0", "llamacpp:Q8"),
+    "llamacpp-f32": Entry("llama.cpp on the same weights, F32", "llamacpp:F32", batches=True),
+    "llamacpp-f16": Entry("llama.cpp, F16", "llamacpp:F16", batches=True),
+    "llamacpp-q8_0": Entry("llama.cpp, Q8_0", "llamacpp:Q8", batches=True),
 }
 
 OURS = ("compiled", "int8", "eager")

@@ -15,8 +15,9 @@ from streamllm.bench.catalogue import METHODS
 from streamllm.bench.method import Method, Misfit
 from streamllm.bench.rounds import summary, take_turns
 from streamllm.bench.subject import Subject
-from streamllm.checkpoint import first_line
+from streamllm.checkpoint import size
 from streamllm.evaluate.memory import peak_bytes
+from streamllm.models import free_bytes
 
 Leave = Callable[[str, str], None]
 """Is told what is left out, and why."""
@@ -28,6 +29,10 @@ def make_method(name: str, subject: Subject, window: int, rows: int = 1) -> Meth
     Raises:
         Misfit: it cannot be measured so.
     """
+    # Plain transformers holds its keys and values twice while it joins a new token to them.
+    need, free = 2 * rows * (window + subject.block) * subject.token_bytes, free_bytes(subject.device)
+    if free is not None and need > free:
+        raise Misfit(f"its keys and values may take {size(need)}, and {size(free)} of memory are free")
     module, kind = METHODS[name].place.split(":")
     found: Method = getattr(import_module(f"streamllm.bench.{module}"), kind)(subject, window, rows)
     return found
@@ -47,8 +52,6 @@ def filled(names: Sequence[str], subject: Subject, window: int, rows: int, leave
                 leave(_at(name, window, rows), str(reason))
             except (torch.OutOfMemoryError, MemoryError):
                 leave(_at(name, window, rows), "the memory is used up")
-            except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, mostly
-                leave(_at(name, window, rows), f"the step cannot be compiled: {first_line(error)}")
             else:
                 methods.append(method)
         yield methods

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.bench.plan import BANDWIDTH_BYTES, Plan
-from streamllm.bench.shape import DTYPES, TOY, find_shape
+from streamllm.bench.shape import DTYPES, find_shape
 from streamllm.console import Answer, Screen, Signals
 from streamllm.errors import ConfigError, StateError
 from streamllm.evaluate.job import base_name, json_able, target_of
@@ -106,6 +106,8 @@ class BenchJob:
 
     def _subject(self, folder: Path) -> tuple[Subject, str, str, str]:
         """What is measured, its name, the same in words, and what tells its weights from others."""
+        import torch
+
         from streamllm import models
         from streamllm.bench.shape import make_model
         from streamllm.bench.subject import Subject
@@ -117,11 +119,12 @@ class BenchJob:
             model, _ = models.load(found, device=self.device, dtype=self.dtype)
             name = shown(found)
             return Subject(model, None, folder, sinks, block), name, base_name(name), digest(found)
-        shape = TOY if self.plan.is_trial else find_shape(self.plan.shape)
+        shape = find_shape(self.plan.shape)
         device = models.find_device(self.device)
         dtype = _dtype(self.dtype, device)
         subject = Subject(make_model(shape, dtype, device), shape, folder, sinks, block)
-        return subject, self.plan.shape, f"{shape.describe()} ({self.plan.shape})", "random"
+        name = self.plan.shape + ("" if dtype == torch.float32 else f"-{dtype}".replace("torch.", ""))
+        return subject, name, f"{shape.describe()} ({self.plan.shape})", "random"
 
     def _measure(self, subject: Subject, screen: Screen, device: str) -> Figures:
         """Everything, ready for JSON."""
@@ -132,16 +135,17 @@ class BenchJob:
         from streamllm.bench.verdict import ratios, targets
         from streamllm.bench.window_alone import measure_window
 
-        plan, turns = self.plan, self._turns()
+        plan = self.plan.within(subject.spec.limit)
         left_out: list[dict[str, str]] = []
+        turns = _turns(plan)
 
         def leave(what: str, why: str) -> None:
             left_out.append({"what": what, "why": why})
 
         with screen.bar(turns) as report:
             tell = _counter(report, turns)
-            # A first look at the model, without which nothing of ours can be measured.
-            _ = subject.spec
+            for window in sorted(set(self.plan.windows) - set(plan.windows)):
+                leave(f"window {window}", f"the model was trained on {subject.spec.limit} positions")
             bandwidth = measure_bandwidth(subject.device, BANDWIDTH_BYTES if plan.is_trial else None)
             decode = []
             for window in plan.windows:
@@ -179,13 +183,6 @@ class BenchJob:
         figures["published"] = self._published(figures)
         figures["targets"] = [target.to_dict() for target in targets(figures)]
         return figures
-
-    def _turns(self) -> int:
-        """How many turns there will be, about."""
-        plan = self.plan
-        count = len(plan.windows) * len(plan.methods)
-        count += sum(rows > 1 for rows in plan.batches) * sum(map(_takes_rows, plan.methods))
-        return (count + len(plan.methods) + 6) * (plan.rounds + 1) + 6 * plan.rounds
 
     def _published(self, figures: Figures) -> dict[str, Any] | None:
         """Our times beside the paper's, where the shape and the kind of machine are alike."""
@@ -230,6 +227,13 @@ class BenchJob:
             record.save(target.with_name(f"{target.name}.json"))
         except OSError as error:
             raise StateError(f"The results cannot be written to {self.out}: {error.strerror or error}.") from error
+
+
+def _turns(plan: Plan) -> int:
+    """How many turns there will be, about."""
+    count = len(plan.windows) * len(plan.methods)
+    count += sum(rows > 1 for rows in plan.batches) * sum(map(_takes_rows, plan.methods))
+    return (count + len(plan.methods) + 6) * (plan.rounds + 1) + 6 * plan.rounds
 
 
 def _takes_rows(name: str) -> bool:

@@ -12,12 +12,14 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import PreTrainedModel
 
 from streamllm.bench.bandwidth import wait, weight_bytes
 from streamllm.bench.method import Method, Misfit, Steady, forward
 from streamllm.bench.subject import Subject, one_by_one, twin
 from streamllm.cache import SinkCache
+from streamllm.checkpoint import first_line
 from streamllm.decode import DecodeStep, why_not
 from streamllm.errors import ConfigError, StreamLLMError
 from streamllm.spec import ModelSpec
@@ -40,8 +42,15 @@ class Stepper:
         self._step = DecodeStep(model, cache, compiles=compiles)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Read ids [B, 1]; the logits [B, V] after them."""
-        return self._step(ids)
+        """Read ids [B, 1]; the logits [B, V] after them.
+
+        Raises:
+            Misfit: the step cannot be compiled here.
+        """
+        try:
+            return self._step(ids)
+        except BackendCompilerFailed as error:  # no C++ compiler, mostly
+            raise Misfit(f"the step cannot be compiled: {first_line(error)}") from error
 
 
 def make_cache(

@@ -30,7 +30,7 @@ class Plan:
         rounds: in which each method has a turn, besides one that does not count.
         threads: of torch and of llama.cpp; ``None``: torch's own number.
         sinks, block: of every sink cache.
-        is_trial: a toy, measured in seconds.
+        is_trial: it takes seconds and proves nothing.
 
     Raises:
         ConfigError: a value cannot be.
@@ -69,12 +69,27 @@ class Plan:
         """The window of what is measured at one window only: ``AT``, else the largest below it, else the smallest."""
         return max((window for window in self.windows if window <= AT), default=min(self.windows))
 
+    def within(self, positions: int) -> Plan:
+        """The plan without windows that a model with so many positions cannot have.
+
+        Raises:
+            ConfigError: none is left.
+        """
+        windows = tuple(window for window in self.windows if window <= positions)
+        if not windows:
+            raise ConfigError(
+                f"No window of {', '.join(map(str, self.windows))} fits this model, which was trained on {positions} "
+                f"positions: give --windows of at most {positions - self.block + 1}."
+            )
+        return dataclasses.replace(self, windows=windows)
+
     def quick(self, explicit: frozenset[str]) -> Plan:
-        """A trial of seconds; what was given by hand stays."""
+        """A trial of seconds, on a toy; what was given by hand stays."""
         small: dict[str, Any] = {"windows": (64, 256), "batches": (1, 2), "rounds": 1}
-        return dataclasses.replace(
-            self, **{name: value for name, value in small.items() if name not in explicit}, is_trial=True
-        )
+        if not {"model", "shape"} & explicit:
+            small["shape"] = "toy"
+        changes = {name: value for name, value in small.items() if name not in explicit}
+        return dataclasses.replace(self, **changes, is_trial=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""

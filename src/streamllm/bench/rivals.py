@@ -16,6 +16,7 @@ from streamllm.bench.bandwidth import wait
 from streamllm.bench.method import Method, Misfit, Steady, forward
 from streamllm.bench.raw_cache import RawCache
 from streamllm.bench.subject import Subject, one_by_one, twin
+from streamllm.config import PREFILL_CHUNK
 
 
 def check_positions(subject: Subject, window: int) -> None:
@@ -194,8 +195,10 @@ class Paper(Steady):
         self.cache = RawCache(self.model.get_decoder(), subject.sinks, window - subject.sinks)
 
     def fill(self) -> None:
-        """Read a window."""
-        self.read(self.subject.ids(self.rows, self.window))
+        """Read a window, in parts: plain attention holds a number for each pair of tokens."""
+        ids = self.subject.ids(self.rows, self.window)
+        for first in range(0, self.window, PREFILL_CHUNK):
+            self.read(ids[:, first : first + PREFILL_CHUNK])
 
     def read(self, ids: Tensor) -> Tensor:
         """Read ids [B, T]; see ``Method``."""

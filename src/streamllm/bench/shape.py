@@ -86,16 +86,14 @@ class Shape:
 
 
 SHAPES: dict[str, Shape] = {
+    "toy": Shape(64, 128, 2, 4, 2, 512, positions=1024),
     "15M": Shape(288, 768, 6, 6, 6, 32000, like="stories15M"),
     "135M": Shape(576, 1536, 30, 9, 3, 49152, like="SmolLM-135M"),
     "360M": Shape(960, 2560, 32, 15, 5, 49152, like="SmolLM-360M"),
     "1B": Shape(2048, 8192, 16, 32, 8, 128256, like="Llama-3.2-1B"),
     "7B": Shape(4096, 11008, 32, 32, 32, 32000, tied=False, like="Llama-2-7B"),
 }
-"""By the names that ``--shape`` takes."""
-
-TOY = Shape(64, 128, 2, 4, 2, 512, positions=1024)
-"""For trying out the command; its figures mean nothing."""
+"""By the names that ``--shape`` takes; the toy is for trying out the command."""
 
 
 def find_shape(name: str) -> Shape:

@@ -17,16 +17,20 @@ from streamllm.bench.target import Target
 Figures = dict[str, Any]
 """What was measured, ready for JSON."""
 
-BASELINES = ("dense", "recompute", "reread", "shift", "paper", "paper-sdpa", "llamacpp-f32")
-"""What each of ours is compared with, in fp32."""
+COMPARED: dict[str, tuple[str, ...]] = {
+    "compiled": ("dense", "recompute", "reread", "shift", "paper", "paper-sdpa", "llamacpp-f32"),
+    "eager": ("dense", "recompute", "reread", "shift", "paper", "paper-sdpa"),
+    "int8": ("dense", "compiled", "llamacpp-q8_0"),
+}
+"""What each of ours is held against."""
 
 
 def ratios(figures: Figures) -> list[dict[str, Any]]:
-    """How many times faster ours is than each rival, at each window with one row, and rows beside one row."""
+    """How many times faster ours is than each rival, at each window with one row."""
     found = []
     for window in windows(figures):
-        for name in OURS:
-            for rival in (*BASELINES, "llamacpp-f16", "llamacpp-q8_0"):
+        for name, rivals in COMPARED.items():
+            for rival in rivals:
                 values = speedup(figures, name, rival, window)
                 if values:
                     found.append({"of": name, "beside": rival, "window": window, "times_faster": summary(values)})
