@@ -132,7 +132,7 @@ def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> LlamaF
                 weight.normal_(0, SCALE, generator=draw)
     # Its frequencies are no weights, so they have to be worked out again.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    model.eval()
+    model.eval().requires_grad_(False)
     return model
 
 
