@@ -381,6 +381,15 @@ def test_shapes_count_their_weights(tied: bool) -> None:
     assert model.model.rotary_emb.inv_freq.isfinite().all()
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_thin_shape_caches_what_the_whole_one_does_and_weighs_nothing(name: str) -> None:
+    """Reference: the configs, which transformers checks."""
+    whole, thin = SHAPES[name].config(), SHAPES[name].thin().config()
+    for what in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        assert getattr(thin, what) == getattr(whole, what)
+    assert SHAPES[name].thin().parameters < SHAPES[name].parameters / 10
+
+
 def test_named_shapes_are_as_large_as_their_names() -> None:
     """Reference: the names."""
     sizes = {"15M": 15.2e6, "135M": 134.5e6, "360M": 361.8e6, "1B": 1235.8e6, "7B": 6738.4e6}

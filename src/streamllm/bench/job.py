@@ -147,26 +147,21 @@ class BenchJob:
             for window in sorted(set(self.plan.windows) - set(plan.windows)):
                 leave(f"window {window}", f"the model was trained on {subject.spec.limit} positions")
             bandwidth = measure_bandwidth(subject.device, BANDWIDTH_BYTES if plan.is_trial else None)
-            decode = []
-            for window in plan.windows:
-                decode += measure_decode(
-                    plan.methods, subject, window, 1, plan.rounds, bandwidth, leave, _prefixed(tell, f"window {window}")
-                )
-            for rows in plan.batches:
-                names = [name for name in plan.methods if _takes_rows(name)]
-                if rows > 1:
-                    decode += measure_decode(
-                        names, subject, plan.at, rows, plan.rounds, bandwidth, leave, _prefixed(tell, f"{rows} rows")
-                    )
+            own = next((name for name in ("compiled", "eager") if name in plan.methods), None)
+            upkeep = own and measure_upkeep(
+                subject, plan.at, 3 * plan.rounds, leave, _prefixed(tell, "upkeep"), compiles=own == "compiled"
+            )
+            alone = measure_window(
+                plan.methods, subject, max(plan.windows), plan.rounds, leave, _prefixed(tell, "window alone")
+            )
             prefill = measure_prefill(plan.methods, subject, plan.at, plan.rounds, leave, _prefixed(tell, "prompt"))
-            widest = max(plan.windows)
-            alone = measure_window(plan.methods, subject, widest, plan.rounds, leave, _prefixed(tell, "window alone"))
-            own = [name for name in ("compiled", "eager") if name in plan.methods]
-            upkeep = None
-            if own:
-                is_compiled = own[0] == "compiled"
-                upkeep = measure_upkeep(
-                    subject, plan.at, 3 * plan.rounds, leave, _prefixed(tell, "upkeep"), compiles=is_compiled
+            decode = []
+            several = [name for name in plan.methods if _takes_rows(name)]
+            for window, rows in _settings(plan):
+                names = plan.methods if rows == 1 else several
+                words = f"window {window}" + (f" · {rows} rows" if rows > 1 else "")
+                decode += measure_decode(
+                    names, subject, window, rows, plan.rounds, bandwidth, leave, _prefixed(tell, words)
                 )
         figures: Figures = {
             "plan": {**plan.to_dict(), "at": plan.at},
@@ -176,7 +171,7 @@ class BenchJob:
             "prefill": prefill,
             "window_alone": alone,
             "upkeep": upkeep,
-            "delay": None,
+            "delay": None,  # until there is an engine to hand to ``measure_delay``
             "left_out": left_out,
         }
         figures["ratios"] = ratios(figures)
@@ -227,6 +222,11 @@ class BenchJob:
             record.save(target.with_name(f"{target.name}.json"))
         except OSError as error:
             raise StateError(f"The results cannot be written to {self.out}: {error.strerror or error}.") from error
+
+
+def _settings(plan: Plan) -> list[tuple[int, int]]:
+    """Windows and rows that decoding is measured with."""
+    return [*((window, 1) for window in plan.windows), *((plan.at, rows) for rows in plan.batches if rows > 1)]
 
 
 def _turns(plan: Plan) -> int:

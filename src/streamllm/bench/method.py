@@ -97,10 +97,12 @@ class Steady(Method):
     """A method whose every step is alike, or whose turn is a whole cycle of unlike ones.
 
     Attributes:
+        warm_up: steps before each turn that are not timed.
         length: steps of one stretch.
         stretches: of one turn, with a ``rewind`` before each.
     """
 
+    warm_up: int = WARM_UP
     length: int = 64
     stretches: int = 1
 
@@ -126,14 +128,14 @@ class Steady(Method):
         steps = one_by_one(self.ids)
         device = self.subject.device
         self.rewind()
-        for ids in steps[:WARM_UP]:
+        for ids in steps[: self.warm_up]:
             self.step(ids)
         seconds, contexts = 0.0, []
         for _ in range(self.stretches):
             self.rewind()
             wait(device)
             began = time.perf_counter()
-            for ids in steps[WARM_UP : WARM_UP + self.length]:
+            for ids in steps[self.warm_up : self.warm_up + self.length]:
                 self.step(ids)
                 wait(device)
                 contexts.append(self.attended())

@@ -86,6 +86,7 @@ class Recompute(Steady):
     """The whole window read anew for every token: the paper's "sliding window with re-computation"."""
 
     name = "recompute"
+    warm_up = 0  # a whole window is no cold start
 
     def __init__(self, subject: Subject, window: int, rows: int = 1) -> None:
         super().__init__(subject, window, rows)

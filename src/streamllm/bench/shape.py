@@ -66,7 +66,8 @@ class Shape:
     def thin(self) -> Shape:
         """The same attention, layer by layer, in a model whose weights weigh nothing."""
         size = self.head_size or self.hidden // self.heads
-        return replace(self, hidden=8, intermediate=8, vocabulary=256, tied=True, head_size=size)
+        narrow = self.heads * -(-8 // self.heads)  # a config wants a multiple of the heads
+        return replace(self, hidden=narrow, intermediate=narrow, vocabulary=256, tied=True, head_size=size)
 
     def config(self) -> LlamaConfig:
         """The config of transformers."""
