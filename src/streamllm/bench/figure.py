@@ -55,8 +55,12 @@ def draw(figures: Figures, title: str) -> Figure:
         axis.set_xticks(windows(figures), [str(window) for window in windows(figures)])
         axis.set_xlabel("tokens in the cache")
         axis.set_ylabel("ms per token")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="x-small")
+        for place in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            place(_plain)
+        axis.tick_params(axis="y", which="minor", labelsize="x-small")
+    if ten.get_legend_handles_labels()[0]:
+        ten.legend(fontsize="small")
+        every.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -64,6 +68,11 @@ def _points(figures: Figures, name: str) -> list[tuple[int, float]]:
     """Windows and milliseconds of a method."""
     found = [(window, entry_of(figures, name, window)) for window in windows(figures)]
     return [(window, entry["ms_per_step"]["median"]) for window, entry in found if entry]
+
+
+def _plain(value: float, _place: float) -> str:
+    """A time without powers of ten; on an axis that has room for few, 1, 2 and 5 are enough."""
+    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
 def _line(axis: Any, figures: Figures, name: str) -> None:

@@ -7,6 +7,7 @@ that is broken off: times from before and after would not belong together.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
     from streamllm.bench.subject import Subject
     from streamllm.bench.verdict import Figures
+
+
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+"""How threads wait for work, which torch and llama.cpp both go by; the command itself sets the first."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,7 @@ class BenchJob:
         figures: Figures = {
             "plan": {**plan.to_dict(), "at": plan.at},
             "device": device,
+            "waiting": {name: os.environ[name] for name in WAITING if name in os.environ},
             "bandwidth": bandwidth.to_dict(),
             "decode": decode,
             "prefill": prefill,
@@ -214,8 +220,10 @@ class BenchJob:
         from streamllm.evaluate.figure import save_figure
 
         machine = record.machine
-        on = machine.get("device") or f"{machine['cpu']}, {machine['threads']} threads"
-        title = f"{record.model.partition(':')[0]}, {self.plan.shape or ''} {record.dtype}, {on}".replace(",  ", ", ")
+        count = machine["threads"]
+        on = machine.get("device") or f"{machine['cpu']}, {count} thread{'s' if count > 1 else ''}"
+        what = record.model if self.plan.shape is None else f"random Llama of shape {self.plan.shape}"
+        title = f"{what}, {record.dtype}, {on}"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             save_figure(draw(record.figures, title), target)

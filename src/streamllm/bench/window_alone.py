@@ -1,9 +1,9 @@
 """What the window alone costs: attention and the upkeep of the cache, without the weights.
 
-A step of the whole model is mostly weights, and a small difference of two large times is mostly noise. So the same code
-runs in a *thin* model: as many layers, heads and key-value heads of the same size, but hidden states of a few numbers, so
-that its matrices weigh next to nothing. Of its time at a window, its time at a tiny window is taken off, turn by turn:
-what is left grows with the window and nothing else, and neither Python nor kernel launches are in it.
+A step of the whole model is mostly weights, and a small difference of two large times is mostly noise. So the same
+code runs in a *thin* model: as many layers, heads and key-value heads of the same size, but hidden states of a few
+numbers, so that its matrices weigh next to nothing. Of its time at a window, its time at a tiny window is taken off,
+turn by turn: what is left grows with the window, and neither Python nor kernel launches are in it.
 """
 
 from __future__ import annotations
