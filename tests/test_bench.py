@@ -10,6 +10,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from streamllm.bench.verdict import ratios, targets
 from streamllm.bench.window_alone import measure_window
 from streamllm.evaluate.figure import to_svg
 from streamllm.evaluate.memory import peak_bytes, rss_bytes
+from streamllm.evaluate.record import begin_record
 from test_command import run
 
 pytestmark = [
@@ -525,14 +527,26 @@ def test_the_papers_figure_stands_beside_ours_where_the_shape_is_the_same() -> N
         "published": {"streaming": [None, 10.0, 15.0, None, None], "recompute": [None, 100.0, 450.0, None, None]},
     }
     shown = dict(tables(figures, []))
-    rows = next(rows for title, rows in shown.items() if "figure 10" in title)
-    table = rows if isinstance(rows, list) else shown["the paper's figure 10, Llama-2-7B on one A6000, ms per token"]
+    table = next(rows for title, rows in shown.items() if "figure 10" in title)
     assert table[0] == ("cache", *map(str, SIZES))
     assert ("paper, streaming", *map(str, FIGURE_10["7B"]["streaming"])) in table
     assert ("here, streaming", "", "10.0", "15.0", "", "") in table
     svg = to_svg(draw(figures, "7B"))
     assert svg.startswith("<svg")
     assert draw({**figures, "published": None, "decode": []}, "nothing")
+
+
+def test_the_page_of_results_shows_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: by hand; each table has a head, and the figure stands beside the record."""
+    for folder in ("benchmarks", "recipes"):
+        monkeypatch.syspath_prepend(Path(__file__).parents[1] / folder)
+    figures = {**FIGURES, "window_alone": [], "upkeep": None, "ratios": ratios(FIGURES), "published": None}
+    record = replace(begin_record("bench", "streamllm bench", "a model", "float32"), figures=figures)
+    lines = list(importlib.import_module("results").benched(record, Path("bench-x.json")))
+    assert "## Speed and memory: a model, float32" in lines
+    assert "| window | ours | beside | times faster | spread |" in lines
+    assert "| what | measured | promised |  |" in lines
+    assert "![Time of a token against the size of the cache](bench-x.png)" in lines
 
 
 # ---- what is measured apart

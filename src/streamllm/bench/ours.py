@@ -7,6 +7,7 @@ vocabulary.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -26,23 +27,33 @@ from streamllm.spec import ModelSpec
 
 
 class Stepper:
-    """A cache and its compiled step.
+    """Streams side by side and the compiled step that reads them.
 
     Args:
-        cache: that has read something.
+        model: that reads.
+        make: gives an empty cache of so many rows.
+        rows: streams.
         compiles: whether to compile; a plain step of the same shapes otherwise.
 
     Raises:
         Misfit: this model cannot decode by steps of fixed shapes.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: SinkCache, *, compiles: bool = True) -> None:
-        if reason := why_not(cache):
+    def __init__(
+        self, model: PreTrainedModel, make: Callable[[int], SinkCache], rows: int = 1, *, compiles: bool = True
+    ) -> None:
+        self.model, self.rows = model, rows
+        self.cache = make(rows)
+        if reason := why_not(self.cache):
             raise Misfit(f"a model of this type cannot decode by steps of fixed shapes: {reason}")
-        self._step = DecodeStep(model, cache, compiles=compiles)
+        self._step = DecodeStep(model, self.cache, compiles=compiles)
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Read ids [B, 1]; the logits [B, V] after them.
+    def read(self, ids: Tensor) -> Tensor:
+        """Read ids [B, T] by the model itself; the logits [B, V] after the last of them."""
+        return forward(self.model, ids, self.cache)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Read ids [B, 1], after something was read; the logits [B, V] after them.
 
         Raises:
             Misfit: the step cannot be compiled here.
@@ -51,6 +62,21 @@ class Stepper:
             return self._step(ids)
         except BackendCompilerFailed as error:  # no C++ compiler, mostly
             raise Misfit(f"the step cannot be compiled: {first_line(error)}") from error
+
+    @property
+    def cached(self) -> int:
+        """Tokens that a stream has in its cache."""
+        return self.cache.tokens_cached // self.rows
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens that a stream can have there."""
+        return self.cache.capacity
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all caches."""
+        return self.cache.bytes
 
 
 def make_cache(
@@ -105,33 +131,44 @@ class Eager(Steady):
         """Bytes of the cache."""
         return self.cache.bytes
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights that a step reads."""
-        return weight_bytes(self.model)
 
-
-class Compiled(Eager):
-    """The same cache, read by the compiled step."""
+class Compiled(Steady):
+    """Caches of the same kind, read by the compiled step; a turn is one cycle of evictions."""
 
     name = "compiled"
-    compiles = True
 
     def __init__(self, subject: Subject, window: int, rows: int = 1) -> None:
         super().__init__(subject, window, rows)
-        self.stepper: Stepper | None = None
+        self.length = subject.block
+        self.stepper = Stepper(subject.model, lambda count: make_cache(subject, window, count), rows)
 
     def fill(self) -> None:
         """Read one token more than fits, and compile."""
-        super().fill()
+        self.read(self.subject.ids(self.rows, self.stepper.capacity + 1))
         for ids in one_by_one(self.ids[:, :3]):
             self.step(ids)
 
+    def read(self, ids: Tensor) -> Tensor:
+        """Read ids [B, T]; see ``Method``."""
+        return self.stepper.read(ids)
+
     def step(self, ids: Tensor) -> Tensor:
         """Read ids [B, 1]; see ``Steady``."""
-        if self.stepper is None:
-            self.stepper = Stepper(self.model, self.cache, compiles=self.compiles)
-        return self.stepper(ids)
+        return self.stepper.step(ids)
+
+    def attended(self) -> int:
+        """Tokens cached by a row."""
+        return self.stepper.cached
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the caches."""
+        return self.stepper.bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that a step reads."""
+        return weight_bytes(self.stepper.model)
 
 
 class Int8(Compiled):
@@ -140,10 +177,10 @@ class Int8(Compiled):
     name = "int8"
 
     def __init__(self, subject: Subject, window: int, rows: int = 1) -> None:
-        self.quantized = _quantized(subject)
-        super().__init__(subject, window, rows)
-        self.model = self.quantized
-        self.cache = SinkCache(self.model, subject.sinks, window - subject.sinks, subject.block, rows)
+        super().__init__(subject, window, rows)  # which says whether the window fits
+        model = _quantized(subject)
+        inside = window - subject.sinks
+        self.stepper = Stepper(model, lambda count: SinkCache(model, subject.sinks, inside, subject.block, count), rows)
 
 
 def _quantized(subject: Subject) -> PreTrainedModel:

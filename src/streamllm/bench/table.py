@@ -41,9 +41,10 @@ def tables(figures: Figures, targets: list[Target]) -> Iterator[tuple[str, Rows]
     if figures["published"]:
         yield "the paper's figure 10, Llama-2-7B on one A6000, ms per token", _published(figures["published"])
     if targets:
-        yield "targets, set for 135M on two threads and 7B on CUDA", rows_of(targets)
+        head = ("what", "measured", "promised", "")
+        yield "targets, set for 135M on two threads and 7B on CUDA", [head, *rows_of(targets)]
     if figures["left_out"]:
-        yield "left out", [(entry["what"], entry["why"]) for entry in figures["left_out"]]
+        yield "left out", [("what", "why"), *((entry["what"], entry["why"]) for entry in figures["left_out"])]
 
 
 def _decode(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -82,6 +83,7 @@ def _window(entry: dict[str, Any]) -> tuple[str, ...]:
 
 def _upkeep(found: dict[str, Any]) -> Rows:
     return [
+        ("what", "cost", "how often"),
         ("an eviction", f"{_number(found['ms_per_eviction']['median'])} ms", f"once in {found['block']} tokens"),
         (
             "a restart",
@@ -95,6 +97,7 @@ def _upkeep(found: dict[str, Any]) -> Rows:
 def _delay(found: dict[str, Any]) -> Rows:
     alone, beside = (_number(found[f"first_token_ms_{name}"]["median"]) for name in ("alone", "beside"))
     return [
+        ("stream", "first token", ""),
         ("alone", f"{alone} ms", ""),
         (f"beside {found['others']} streams", f"{beside} ms", f"{found['ratio']['median']:.2f} x"),
     ]

@@ -17,11 +17,10 @@ import torch
 
 from streamllm.bench.bandwidth import wait
 from streamllm.bench.decode import Leave
-from streamllm.bench.method import Misfit, forward
+from streamllm.bench.method import Misfit
 from streamllm.bench.ours import Stepper, make_cache
 from streamllm.bench.rounds import summary
 from streamllm.bench.subject import Subject, one_by_one
-from streamllm.cache import SinkCache
 
 
 class Cycle:
@@ -30,10 +29,11 @@ class Cycle:
     def __init__(self, subject: Subject, window: int, positions: int | None, *, compiles: bool) -> None:
         self.subject = subject
         known = subject.spec if positions is None else subject.limited(positions)
-        self.cache: SinkCache = make_cache(subject, window, known=known)
+        self.stepper = Stepper(
+            subject.model, lambda count: make_cache(subject, window, count, known=known), compiles=compiles
+        )
         # A turn does not begin with the eviction: its first steps also find the processor's caches cold.
-        forward(subject.model, subject.ids(1, self.cache.capacity - subject.block // 2), self.cache)
-        self.stepper = Stepper(subject.model, self.cache, compiles=compiles)
+        self.stepper.read(subject.ids(1, self.stepper.capacity - subject.block // 2))
         self.turn()
 
     def turn(self) -> tuple[float, float]:
@@ -43,7 +43,7 @@ class Cycle:
         for ids in one_by_one(self.subject.ids(1, block)):
             wait(device)
             began = time.perf_counter()
-            self.stepper(ids)
+            self.stepper.step(ids)
             wait(device)
             times.append((time.perf_counter() - began) * 1000)
         return times.pop(block // 2), median(times[block // 4 :])
