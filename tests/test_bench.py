@@ -5,12 +5,12 @@ No time is asserted here.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stories import STORIES
 from streamllm import SinkCache
-from streamllm.bench import llamacpp, shape
+from streamllm.bench import llamacpp
 from streamllm.bench.bandwidth import Bandwidth, measure_bandwidth, tensor_bytes, weight_bytes
 from streamllm.bench.catalogue import METHODS
 from streamllm.bench.decode import filled, make_method
@@ -392,6 +392,16 @@ def test_a_thin_shape_caches_what_the_whole_one_does_and_weighs_nothing(name: st
     assert SHAPES[name].thin().parameters < SHAPES[name].parameters / 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_models_can_be_read_by_the_compiled_step(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Reference: the probe, which half precision must not mislead; the thin twin of the largest shape among them."""
+    thin = dataclasses.replace(SHAPES["7B"].thin(), layers=4)
+    for found in (TOY, TOY.thin(), thin):
+        subject = Subject(make_model(found, dtype, CPU), found, tmp_path)
+        assert subject.spec.takes_masks
+        assert subject.spec.positions == "rotary"
+
+
 def test_named_shapes_are_as_large_as_their_names() -> None:
     """Reference: the names."""
     sizes = {"15M": 15.2e6, "135M": 134.5e6, "360M": 361.8e6, "1B": 1235.8e6, "7B": 6738.4e6}
@@ -410,7 +420,7 @@ def test_random_weights_compute_what_the_same_weights_do_in_a_usual_model() -> N
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, usual(ids).logits)
-    assert float(model.model.layers[0].mlp.up_proj.weight.std()) == pytest.approx(shape.SCALE, rel=0.05)
+    assert float(model.model.layers[0].mlp.up_proj.weight.std()) == pytest.approx(64**-0.5, rel=0.05)
 
 
 def test_the_floor_is_what_a_step_reads_by_what_the_machine_reads(subject: Subject) -> None:
@@ -541,7 +551,7 @@ def test_the_page_of_results_shows_a_benchmark(monkeypatch: pytest.MonkeyPatch) 
     for folder in ("benchmarks", "recipes"):
         monkeypatch.syspath_prepend(Path(__file__).parents[1] / folder)
     figures = {**FIGURES, "window_alone": [], "upkeep": None, "ratios": ratios(FIGURES), "published": None}
-    record = replace(begin_record("bench", "streamllm bench", "a model", "float32"), figures=figures)
+    record = dataclasses.replace(begin_record("bench", "streamllm bench", "a model", "float32"), figures=figures)
     lines = list(importlib.import_module("results").benched(record, Path("bench-x.json")))
     assert "## Speed and memory: a model, float32" in lines
     assert "| window | ours | beside | times faster | spread |" in lines

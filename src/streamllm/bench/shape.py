@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 POSITIONS = 8192
 """Trained length of every random model: twice the largest window, so that each window fits."""
 
-SCALE = 0.02
-"""Standard deviation of random weights, as Llama's own."""
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -130,7 +127,8 @@ def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> LlamaF
             if name.endswith("norm.weight"):
                 weight.fill_(1)
             else:
-                weight.normal_(0, SCALE, generator=draw)
+                # What passes through keeps its size at any width, so that a probe sees what each part does.
+                weight.normal_(0, weight.shape[-1] ** -0.5, generator=draw)
     # Its frequencies are no weights, so they have to be worked out again.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.eval().requires_grad_(False)
