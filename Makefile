@@ -14,7 +14,7 @@ RUNS ?= runs
 EMBEDDED := --size small --layers 7 --heads 2 --kv-heads 1 --vocabulary 8192 --batch-tokens 8192 --tokens 24000000 \
 	--measures 12 --save-dtype bfloat16
 
-.PHONY: demo test check slow bench docs candidates embedded twins million evaluations results clean
+.PHONY: demo test check slow bench bench-peers docs candidates embedded twins million evaluations results clean
 
 demo: $(READY)  ## set up, and let the embedded model tell stories beyond its trained length
 	$(BIN)/streamllm run --endless --max-tokens 1500 --seed 7 --stats "Once upon a time"
@@ -36,8 +36,11 @@ bench: $(READY)  ## speed and memory; writes docs/results/
 	$(BIN)/python benchmarks/endless.py --threads 1
 	$(BIN)/python benchmarks/pipe.py --threads 1
 	$(BIN)/python benchmarks/blocks.py
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/streamllm bench --shape 135M --threads 2 --out docs/results
 	$(BIN)/python benchmarks/training.py
+
+bench-peers: $(READY)  ## install what streamllm bench compares with; llama.cpp is compiled, which takes minutes
+	$(PIP) install --constraint constraints.txt --editable '.[peers]'
 
 docs: $(READY)  ## tables that are made from the tests
 	$(BIN)/python -m pytest -q tests/test_laws.py --families-table docs/families.md

@@ -1,49 +1,16 @@
-"""A figure beside what was promised for it."""
+"""Targets on the terminal; what a target is stands in ``streamllm.bench.target``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
+from streamllm.bench.target import Target, rows_of
 
-@dataclass(frozen=True)
-class Target:
-    """One promise.
-
-    Args:
-        name: what is measured.
-        value: what was measured.
-        limit: what was promised.
-        at_least: whether more is better; otherwise less is.
-        unit: of both, for people.
-    """
-
-    name: str
-    value: float
-    limit: float
-    at_least: bool = False
-    unit: str = "x"
-
-    @property
-    def is_met(self) -> bool:
-        """Whether the promise is kept."""
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields and the verdict, ready for JSON."""
-        sign = ">=" if self.at_least else "<="
-        return {
-            "name": self.name,
-            "value": round(self.value, 4),
-            "target": f"{sign} {self.limit:g} {self.unit}",
-            "is_met": self.is_met,
-        }
+__all__ = ["Target", "print_targets"]
 
 
 def print_targets(targets: Sequence[Target]) -> None:
     """Print one line a target: its name, value, limit and verdict."""
     width = max(len(target.name) for target in targets)
-    for target in targets:
-        verdict = "met" if target.is_met else "not met"
-        print(f"{target.name:<{width}}  {target.value:9.3f}  target {target.to_dict()['target']:<12} {verdict}")
+    for name, *cells in rows_of(targets):
+        print(f"{name:<{width}}", *cells, sep="  ")

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from streamllm.atomic import write_atomically
+from streamllm.bench.table import tables
+from streamllm.bench.verdict import targets
 from streamllm.evaluate.catalogue import EVALUATIONS
 from streamllm.evaluate.figure import save_figure
 from streamllm.evaluate.record import Record, load_record
@@ -55,12 +57,24 @@ def sections(folder: Path) -> Iterator[str]:
                 yield from as_markdown(kind.rows(record.figures))
                 yield from ("", f"![{kind.title}]({path.relative_to(folder).with_suffix('.png').as_posix()})", "")
                 yield from described(record, path.relative_to(folder))
+    for path in sorted(folder.glob("bench-*.json")):
+        yield from benched(load_record(path), path.relative_to(folder))
     yield from ("", "## Benchmarks and recipes", "")
     rows = [("record", "model", "command")]
     for path in sorted(folder.glob("*.json")):
         record = load_record(path)
         rows.append((f"[{path.name}]({path.name})", record.model, f"`{record.command}`"))
     yield from as_markdown(rows)
+
+
+def benched(record: Record, path: Path) -> Iterator[str]:
+    """A record of ``streamllm bench``: its tables, its figure, and how to repeat it."""
+    yield from ("", f"## Speed and memory: {record.model}, {record.dtype}")
+    for title, rows in tables(record.figures, targets(record.figures)):
+        yield from ("", f"{title[0].upper()}{title[1:]}:", "")
+        yield from as_markdown(rows)
+    yield from ("", f"![Time of a token against the size of the cache]({path.with_suffix('.png').as_posix()})", "")
+    yield from described(record, path)
 
 
 def described(record: Record, path: Path) -> Iterator[str]:

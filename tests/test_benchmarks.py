@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamllm import SinkCache, stats
+from streamllm import stats
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -52,59 +52,6 @@ def run(module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     for target in record["figures"]["targets"]:
         assert set(target) == {"name", "value", "target", "is_met"}
     return record
-
-
-def test_speed_measures_each_method_over_whole_eviction_cycles(
-    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Reference: by hand; S + W + (B - 1) / 2 tokens of context for ours, S + W where one token leaves at each step."""
-    speed = script("speed")
-    record = run(speed, tmp_path, capsys, "--rounds=2", "--prefill-rounds=1", "--threads=1")
-    figures = record["figures"]
-    contexts = {name: found["context"] for name, found in figures["decode"].items()}
-    assert contexts == {
-        "DynamicCache, context 64": 64.5,
-        "SinkCache, window 60": 4 + 60 + 63 / 2,
-        "stream(), window 60": 4 + 60 + 63 / 2,
-        "reference scheme (eager), 60": 4 + 60,
-        "reference scheme (sdpa), 60": 4 + 60,
-        "SinkCache, window 124": 4 + 124 + 63 / 2,
-        "reference scheme (eager), 124": 4 + 124,
-        "reference scheme (sdpa), 124": 4 + 124,
-    }
-    assert [found["tokens"] for found in figures["decode"].values()] == [128, 128, 128, 4, 4, 128, 4, 4]
-    assert all(len(found["ms_per_token"]["rounds"]) == 2 for found in figures["decode"].values())
-    assert [len(found["rounds"]) for found in figures["prefill_tokens_per_s"].values()] == [1, 1]
-    targets = [target["target"] for target in figures["targets"]]
-    assert targets == ["<= 1 x", "<= 0.6 x", "<= 0.35 x", ">= 0.8 x"]
-
-
-def test_the_reference_scheme_gives_the_logits_of_a_sink_cache_with_block_1(script: Any) -> None:
-    """Reference: SinkCache with the paper's schedule; so what is compared in speed computes the same."""
-    speed, raw_cache = script("speed"), script("raw_cache")
-    plain, hooked, _ = speed.make_models(speed.QUICK, "sdpa")
-    ids = speed.make_ids(speed.QUICK, 60)
-    raw, ours = raw_cache.RawCache(plain.model, 4, 20), SinkCache(hooked, 4, 20, block=1)
-    with torch.no_grad():
-        plain(ids[:, :24], past_key_values=raw)
-        hooked(ids[:, :24], past_key_values=ours)
-        for i in range(24, 60):
-            token = ids[:, i : i + 1]
-            raw.make_room(1)
-            positions = torch.tensor([[raw.get_seq_length()]])
-            theirs = plain(token, past_key_values=raw, position_ids=positions).logits
-            torch.testing.assert_close(hooked(token, past_key_values=ours).logits, theirs, rtol=1e-4, atol=1e-5)
-            assert raw.get_seq_length() == ours.tokens_cached == 24
-
-
-def test_the_two_models_of_the_speed_benchmark_share_their_weights(script: Any) -> None:
-    """Reference: the addresses of the weights."""
-    speed = script("speed")
-    plain, hooked, _ = speed.make_models(speed.QUICK, "eager")
-    addresses = [[weight.data_ptr() for weight in model.parameters()] for model in (plain, hooked)]
-    assert addresses[0] == addresses[1]
-    assert plain.lm_head.weight.data_ptr() == hooked.model.embed_tokens.weight.data_ptr()
-    assert hooked.config._attn_implementation == "eager"
 
 
 def test_endless_measures_around_its_marks(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,9 +132,9 @@ def test_pipe_says_why_the_command_failed(script: Any, monkeypatch: pytest.Monke
 def test_only_a_full_run_writes_to_docs(script: Any, tmp_path: Path) -> None:
     """Reference: by hand."""
     module = script("place")
-    assert module.target_path("speed", None, quick=False) == FOLDER.parent / "docs" / "results" / "speed.json"
-    assert module.target_path("speed", None, quick=True) is None
-    assert module.target_path("speed", tmp_path, quick=True) == tmp_path
+    assert module.target_path("pipe", None, quick=False) == FOLDER.parent / "docs" / "results" / "pipe.json"
+    assert module.target_path("pipe", None, quick=True) is None
+    assert module.target_path("pipe", tmp_path, quick=True) == tmp_path
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,9 @@ def test_the_readme_has_commands_to_check() -> None:
 
 
 def test_flags_within_the_text_exist() -> None:
-    known = "".join(CliRunner().invoke(app, [name, "--help"]).output for name in ("run", "train", "doctor", "config"))
+    known = "".join(
+        CliRunner().invoke(app, [name, "--help"]).output for name in ("run", "train", "bench", "doctor", "config")
+    )
     named = {code.split()[0] for code in re.findall(r"`(--[^`\n]+)`", prose(README))}
     assert named
     assert named <= set(re.findall(r"--[a-z][a-z-]*", known))

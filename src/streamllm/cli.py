@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import streamllm
-from streamllm import cli_eval
+from streamllm import cli_bench, cli_eval
 from streamllm.config import CacheConfig, SamplingConfig
 from streamllm.console import Answer, Screen
 from streamllm.corpus import Source
@@ -89,7 +89,7 @@ def top(
     except ConfigError as error:
         ctx.obj = error  # raised by the command itself, so that --help works beside a broken file
     else:
-        ctx.default_map = dict.fromkeys(("run", "train", "doctor"), values)
+        ctx.default_map = dict.fromkeys(("run", "train", "bench", "doctor"), values)
         ctx.default_map["eval"] = dict.fromkeys(EVALUATIONS, values)
 
 
@@ -242,6 +242,7 @@ def train(
 
 
 app.add_typer(cli_eval.app, name="eval")
+app.command()(cli_bench.bench)
 
 
 @app.command()

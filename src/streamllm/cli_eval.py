@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -16,11 +16,24 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from streamllm.console import Answer
-from streamllm.errors import ConfigError
 from streamllm.evaluate.catalogue import EVALUATIONS
 from streamllm.evaluate.evaluation import Evaluation
 from streamllm.evaluate.job import OUT, EvalJob
-from streamllm.flags import Debug, Device, Dtype, Json, Model, Quantize, Quiet, begin, one_off, setting, source
+from streamllm.flags import (
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Quantize,
+    Quiet,
+    begin,
+    one_off,
+    setting,
+    settled,
+    source,
+    split,
+)
 from streamllm.settings import SETTINGS
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The paper's evaluations, on any model.")
@@ -38,10 +51,6 @@ Out = Annotated[Path, _for_eval("--out", help="Folder of records and figures.")]
 Quick = Annotated[bool, _for_eval("--quick", help="A trial that takes seconds and proves nothing.")]
 
 
-_MANNERS = ("json", "quiet", "debug")
-"""Flags that change nothing but what is shown."""
-
-
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
@@ -56,7 +65,7 @@ def _command(kind: type[Evaluation]) -> Callable[..., None]:
         begin(ctx)
         options = {field.name: values[field.name] for field in fields}
         for name in tuples:
-            options[name] = _split(name, options[name], get_args(hints[name])[0])
+            options[name] = split(name, options[name], get_args(hints[name])[0])
         job = EvalJob(
             evaluation=kind(**options),
             explicit=frozenset(name for name in options if source(ctx, name) == "flag"),
@@ -64,7 +73,7 @@ def _command(kind: type[Evaluation]) -> Callable[..., None]:
             device=values["device"],
             dtype=values["dtype"],
             quantize=values["quantize"],
-            settled=tuple(_settled(ctx, values)),
+            settled=tuple(settled(ctx, values)),
             files=(*(values["data"] or ()), *(values["files"] or ())),
             out=values["out"],
             quick=values["quick"],
@@ -105,30 +114,6 @@ def _command(kind: type[Evaluation]) -> Callable[..., None]:
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = kind.title.rstrip("?.") + ("?" if kind.title.endswith("?") else ".")
     return command
-
-
-def _settled(ctx: typer.Context, values: dict[str, Any]) -> Iterator[str]:
-    """What the environment or the settings file gave, as flags."""
-    for name, value in values.items():
-        if name not in _MANNERS and source(ctx, name) in ("environment", "file"):
-            flag = "--" + name.replace("_", "-")
-            for each in value if isinstance(value, list) else [value]:
-                if each is True:
-                    yield flag
-                elif each is not False:
-                    yield from (flag, str(each))
-
-
-def _split(name: str, text: str, kind: type) -> tuple[Any, ...]:
-    """The parts of a text with commas.
-
-    Raises:
-        ConfigError: a part is of the wrong kind.
-    """
-    try:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise ConfigError(f"--{name.replace('_', '-')} takes whole numbers with commas, you gave {text!r}.") from error
 
 
 @app.command()

@@ -1,14 +1,18 @@
-"""The flags that commands share, each with its environment variable, and where a value comes from."""
+"""The flags that commands share, each with its environment variable; where a value comes from, and what it means."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
 from streamllm.errors import ConfigError
 from streamllm.settings import SETTINGS
+
+_MANNERS = ("json", "quiet", "debug")
+"""Flags that change nothing but what is shown."""
 
 _SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
 
@@ -62,3 +66,27 @@ def source(ctx: typer.Context, name: str) -> str:
     """Return where a setting comes from: flag, environment, file or default."""
     found = ctx.get_parameter_source(name)
     return _SOURCES[found.name] if found is not None else "default"
+
+
+def settled(ctx: typer.Context, values: dict[str, Any]) -> Iterator[str]:
+    """What the environment or the settings file gave, as flags."""
+    for name, value in values.items():
+        if name not in _MANNERS and source(ctx, name) in ("environment", "file"):
+            flag = "--" + name.replace("_", "-")
+            for each in value if isinstance(value, list) else [value]:
+                if each is True:
+                    yield flag
+                elif each is not False:
+                    yield from (flag, str(each))
+
+
+def split(name: str, text: str, kind: type) -> tuple[Any, ...]:
+    """The parts of a text with commas.
+
+    Raises:
+        ConfigError: a part is of the wrong kind.
+    """
+    try:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(f"--{name.replace('_', '-')} takes whole numbers with commas, you gave {text!r}.") from error

@@ -213,7 +213,7 @@ def told(screen: Screen) -> Iterator[None]:
             else:
                 before(message, category, *place, **more)
 
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
         yield
 
 

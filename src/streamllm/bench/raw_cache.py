@@ -48,7 +48,7 @@ class RawLayer(CacheLayerMixin):
         self.keys = torch.cat([self.keys, raw], dim=2)
         self.values = torch.cat([self.values, value_states], dim=2)
         # The published code looks the angles of all positions up anew in every layer, and so does this.
-        positions = torch.arange(end)
+        positions = torch.arange(end, device=self.keys.device)
         return _turn(self.keys, self.cos[positions], self.sin[positions]), self.values
 
     def evict(self, sinks: int, count: int) -> None:
@@ -77,8 +77,8 @@ class RawCache(Cache):
 
     def __init__(self, model: LlamaModel, sinks: int, window: int) -> None:
         self.sinks, self.size = sinks, sinks + window
-        indices = torch.arange(self.size)[None]
-        cos, sin = model.rotary_emb(torch.zeros(1, dtype=torch.float32), indices)  # [1, N, D] each
+        indices = torch.arange(self.size, device=model.device)[None]
+        cos, sin = model.rotary_emb(torch.zeros(1, dtype=model.dtype, device=model.device), indices)  # [1, N, D] each
         super().__init__(layers=[RawLayer(cos[0], sin[0]) for _ in range(model.config.num_hidden_layers)])
 
     def make_room(self, count: int) -> None:
