@@ -1,6 +1,6 @@
 """How long a stream waits for its first token when others decode beside it, against when it is alone.
 
-Knows no engine: whoever has one hands in how a prompt is submitted. The streams are drawn from by threads, one each.
+The streams go through one engine and are drawn from by threads, one each.
 """
 
 from __future__ import annotations
@@ -10,10 +10,37 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
 from streamllm.bench.rounds import ratio, summary
+from streamllm.bench.subject import Subject
+from streamllm.config import CacheConfig
+from streamllm.engine import Engine
 
 Submit = Callable[[Sequence[int], int], Iterator[Any]]
 """Takes the ids of a prompt and the most tokens to write; gives a stream, one item a token."""
+
+
+OTHERS = 7
+"""Streams that decode beside the one that is waited for."""
+
+
+def measure_engine(subject: Subject, window: int, rounds: int, *, compiles: bool) -> dict[str, Any]:
+    """``measure_delay`` of an engine with a slot for each, and prompts of one window."""
+    vocabulary = {str(number): number for number in range(subject.vocabulary)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")))
+    config = CacheConfig(subject.sinks, window - subject.sinks, subject.block)
+    with Engine(subject.model, tokenizer, slots=OTHERS + 1, config=config, compile=compiles) as engine:
+
+        def submit(prompt: Sequence[int], most: int) -> Iterator[Any]:
+            request = engine.submit(prompt, max_tokens=most, on_end="pass")
+            try:
+                yield from request
+            finally:
+                request.cancel()
+
+        return measure_delay(submit, subject.ids(1, window)[0].tolist(), OTHERS, rounds)
 
 
 def measure_delay(submit: Submit, prompt: Sequence[int], others: int, rounds: int) -> dict[str, Any]:

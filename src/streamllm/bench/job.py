@@ -135,6 +135,7 @@ class BenchJob:
         """Everything, ready for JSON."""
         from streamllm.bench.bandwidth import measure_bandwidth
         from streamllm.bench.decode import measure_decode
+        from streamllm.bench.delay import measure_engine
         from streamllm.bench.prefill import measure_prefill
         from streamllm.bench.upkeep import measure_upkeep
         from streamllm.bench.verdict import ratios, targets
@@ -160,6 +161,8 @@ class BenchJob:
                 plan.methods, subject, max(plan.windows), plan.rounds, leave, _prefixed(tell, "window alone")
             )
             prefill = measure_prefill(plan.methods, subject, plan.at, plan.rounds, leave, _prefixed(tell, "prompt"))
+            tell("first token")
+            delay = measure_engine(subject, plan.at, plan.rounds, compiles=own == "compiled") if own else None
             decode = []
             several = [name for name in plan.methods if _takes_rows(name)]
             for window, rows in _settings(plan):
@@ -177,7 +180,7 @@ class BenchJob:
             "prefill": prefill,
             "window_alone": alone,
             "upkeep": upkeep,
-            "delay": None,  # until there is an engine to hand to ``measure_delay``
+            "delay": delay,
             "left_out": left_out,
         }
         figures["ratios"] = ratios(figures)

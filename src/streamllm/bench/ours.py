@@ -13,16 +13,14 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 from transformers import PreTrainedModel
 
 from streamllm.bench.bandwidth import wait, weight_bytes
 from streamllm.bench.method import Method, Misfit, Steady, forward
 from streamllm.bench.subject import Subject, one_by_one, twin
 from streamllm.cache import SinkCache
-from streamllm.checkpoint import first_line
-from streamllm.decode import DecodeStep, why_not
 from streamllm.errors import ConfigError, StreamLLMError
+from streamllm.slots import Slots, why_not
 from streamllm.spec import ModelSpec
 
 
@@ -43,14 +41,14 @@ class Stepper:
         self, model: PreTrainedModel, make: Callable[[int], SinkCache], rows: int = 1, *, compiles: bool = True
     ) -> None:
         self.model, self.rows = model, rows
-        self.cache = make(rows)
-        if reason := why_not(self.cache):
+        self.caches = [make(1) for _ in range(rows)]
+        if reason := why_not(self.caches[0]):
             raise Misfit(f"a model of this type cannot decode by steps of fixed shapes: {reason}")
-        self._step = DecodeStep(model, self.cache, compiles=compiles)
+        self._slots = Slots(model, rows, self.capacity, compiles=compiles, note=_refuse)
 
     def read(self, ids: Tensor) -> Tensor:
         """Read ids [B, T] by the model itself; the logits [B, V] after the last of them."""
-        return forward(self.model, ids, self.cache)
+        return torch.cat([forward(self.model, row[None], cache) for row, cache in zip(ids, self.caches, strict=True)])
 
     def step(self, ids: Tensor) -> Tensor:
         """Read ids [B, 1], after something was read; the logits [B, V] after them.
@@ -58,25 +56,29 @@ class Stepper:
         Raises:
             Misfit: the step cannot be compiled here.
         """
-        try:
-            return self._step(ids)
-        except BackendCompilerFailed as error:  # no C++ compiler, mostly
-            raise Misfit(f"the step cannot be compiled: {first_line(error)}") from error
+        for cache in self.caches if self._slots.free else ():
+            self._slots.take(cache)
+        return self._slots.step(self.caches, ids[:, 0].tolist())
 
     @property
     def cached(self) -> int:
         """Tokens that a stream has in its cache."""
-        return self.cache.tokens_cached // self.rows
+        return self.caches[0].tokens_cached
 
     @property
     def capacity(self) -> int:
         """Most tokens that a stream can have there."""
-        return self.cache.capacity
+        return self.caches[0].capacity
 
     @property
     def bytes(self) -> int:
         """Bytes of all caches."""
-        return self.cache.bytes
+        return sum(cache.bytes for cache in self.caches)
+
+
+def _refuse(text: str) -> None:
+    """No measurement of a step that is not compiled."""
+    raise Misfit(text)
 
 
 def make_cache(
