@@ -95,8 +95,12 @@ def _compile(module: nn.Module, args: tuple[Any, ...], path: Path) -> None:
             raise NotImplementedError(f"{min(strange)} is a constant of its own")
         with replacing(path) as temporary:
             package = temporary.with_suffix(".pt2")
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
-            package.replace(temporary)
+            config = dict(_CONFIG)  # the compiler writes into what it is given, and the digest must stay as it is
+            try:
+                torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=config)
+                package.replace(temporary)
+            finally:
+                package.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # another process may be quicker
         for file in sorted(path.parent.glob("*.pt2"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
             file.unlink(missing_ok=True)
