@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,17 +47,16 @@ def compile_module(module: nn.Module, args: tuple[Any, ...]) -> Callable[..., An
     if next(module.parameters()).device.type != "cpu":
         return torch.compile(module, dynamic=False, fullgraph=True, mode="reduce-overhead")
     path = folder() / f"{_digest(module, args)}.pt2"
-    if not path.is_file():
+    loaded = _load(path)
+    if loaded is None:
         _compile(module, args, path)
-    else:
-        with contextlib.suppress(OSError):
-            os.utime(path)
-    loaded: Any = torch._inductor.aoti_load_package(str(path))
+        loaded = torch._inductor.aoti_load_package(str(path))
     weights = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
-    constants = {name: weights[name] for name in loaded.get_constant_fqns()}
+    # Detached: a parameter can be given other memory, by model.to() for one, and this would be freed under the code.
+    constants = {name: weights[name].detach() for name in loaded.get_constant_fqns()}
     loaded.load_constants(constants, check_full_update=True, user_managed=True)
 
     def run(*args: Any) -> Any:
@@ -72,6 +72,18 @@ def folder() -> Path:
     return Path(named) if named else platformdirs.user_cache_path("streamllm") / "compiled"
 
 
+def _load(path: Path) -> Any:
+    """What was compiled before; ``None``: nothing, or nothing whole."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with contextlib.suppress(OSError):  # a folder that may only be read
+        os.utime(path)
+    try:
+        return torch._inductor.aoti_load_package(str(path))
+    except RuntimeError:
+        return None
+
+
 def _compile(module: nn.Module, args: tuple[Any, ...], path: Path) -> None:
     """Compile to ``path``, and let go of what was unused for longest."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,11 +95,15 @@ def _compile(module: nn.Module, args: tuple[Any, ...], path: Path) -> None:
             raise NotImplementedError(f"{min(strange)} is a constant of its own")
         with replacing(path) as temporary:
             package = temporary.with_suffix(".pt2")
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
-            package.replace(temporary)
-    old = sorted(path.parent.glob("*.pt2"), key=lambda file: file.stat().st_mtime)[:-KEPT]
-    for file in old:
-        file.unlink(missing_ok=True)
+            config = dict(_CONFIG)  # the compiler writes into what it is given, and the digest must stay as it is
+            try:
+                torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=config)
+                package.replace(temporary)
+            finally:
+                package.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another process may be quicker
+        for file in sorted(path.parent.glob("*.pt2"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+            file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -132,7 +148,7 @@ def _digest(module: nn.Module, args: tuple[Any, ...]) -> str:
 def _sources() -> str:
     """A digest of this package's own code, as far as it can be a part of what is compiled."""
     here = Path(__file__).parent
-    names = ("slots.py", "quick_forms.py", "store.py", "zero_sink.py", "quantize.py")
+    names = ("compiled.py", "slots.py", "quick_forms.py", "store.py", "zero_sink.py", "quantize.py")
     found = hashlib.sha256()
     for name in names:
         file = here / name

@@ -178,8 +178,7 @@ class SinkLayer(CacheLayerMixin):
         if "keys" not in tensors:
             return
         saved = [
-            self._store(*(tensor for name, tensor in tensors.items() if name in (kind, f"{kind}_scale")))
-            for kind in _NAMES
+            self._store(*(tensors[name] for name in (kind, f"{kind}_scale") if name in tensors)) for kind in _NAMES
         ]
         self.lazy_initialization(*(store.read()[:, :, :0] for store in saved))
         for stored, store in zip(self._stores(), saved, strict=True):
@@ -239,7 +238,9 @@ class SinkLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        """Nothing to clear: the ledger forgets, and stale columns are overwritten before they are read."""
+        """Clear. The ledger forgets, but a step over slots reads what is hidden with a weight of 0: 0 * nan is nan."""
+        for store in self.stores or ():
+            store.clear()
 
     def offload(self) -> None:
         """Refuse: the layer is small and constant, and its steps need it where it is."""

@@ -35,19 +35,19 @@ class QuickForms(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if found is None else found
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """``functional.linear`` over x [..., K]; ``None``: better as it is."""
-    rows = math.prod(x.shape[:-1])
-    if x.device.type != "cpu" or not x.is_floating_point() or weight.dtype != x.dtype or weight.ndim != 2:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """``functional.linear`` over input [..., K]; ``None``: better as it is."""
+    rows = math.prod(input.shape[:-1])
+    if input.device.type != "cpu" or not rows or weight.ndim != 2 or weight.dtype != input.dtype:
         return None
-    if rows == 1 and torch.compiler.is_compiling():
-        out = (weight * x.reshape(1, -1)).sum(-1)
+    if rows == 1 and input.is_floating_point() and torch.compiler.is_compiling():
+        out = (weight * input.reshape(1, -1)).sum(-1)
         out = out if bias is None else out + bias
-    elif x.dtype == torch.float32 and HAS_ONEDNN and not torch.is_grad_enabled():
-        out = torch.ops.mkldnn._linear_pointwise(x.reshape(rows, -1), weight, bias, "none", [], "")
+    elif input.dtype == torch.float32 and HAS_ONEDNN and not torch.is_grad_enabled():
+        out = torch.ops.mkldnn._linear_pointwise(input.reshape(rows, -1), weight, bias, "none", [], "")
     else:
         return None
-    return out.reshape(*x.shape[:-1], -1)
+    return out.reshape(*input.shape[:-1], -1)
 
 
 def _attention(
@@ -60,30 +60,34 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """``scaled_dot_product_attention`` of query [B, H, T, D] over [B, G, C, D]; ``None``: better as it is."""
-    batch, heads, new, size = query.shape
-    groups = key.shape[1]
-    if (
-        query.device.type != "cpu"
-        or new != 1
-        or is_causal
-        or dropout_p
-        or (attn_mask is not None and not _adds(attn_mask))
-    ):
+    """``scaled_dot_product_attention`` of query [B, H, 1, D] over [B, G, C, D]; ``None``: better as it is."""
+    fits = (
+        query.device.type == "cpu"
+        and torch.compiler.is_compiling()
+        and query.ndim == key.ndim == value.ndim == 4
+        and query.shape[2] == 1
+        and query.shape[0] == key.shape[0]
+        and key.shape[:3] == value.shape[:3]
+        and (query.shape[1] == key.shape[1] or enable_gqa)
+    )
+    if not fits or is_causal or dropout_p or not (attn_mask is None or _adds(attn_mask)):
         return None
+    batch, heads, _, size = query.shape
+    groups = key.shape[1]
     packed = query.reshape(batch * groups, heads // groups, size)  # the queries of one head of keys side by side
     scores = torch.bmm(packed, key.reshape(batch * groups, -1, size).transpose(1, 2))
     scores = scores.view(batch, groups, heads // groups, -1) * (size**-0.5 if scale is None else scale)
     if attn_mask is not None:
         scores = scores + attn_mask  # [B, 1, 1, C]
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype).view(batch * groups, heads // groups, -1)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=exact).to(value.dtype).view(batch * groups, heads // groups, -1)
     out = torch.bmm(weights, value.reshape(batch * groups, -1, value.shape[-1]))
     return out.view(batch, heads, 1, -1)
 
 
 def _adds(mask: Tensor) -> bool:
     """Whether a mask is added to the scores, and is the same for all heads."""
-    return mask.is_floating_point() and mask.shape[1] == mask.shape[2] == 1
+    return mask.is_floating_point() and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
 
 
 _FORMS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {

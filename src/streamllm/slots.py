@@ -22,7 +22,7 @@ from streamllm.cache import SinkCache
 from streamllm.errors import CacheError, ConfigError, StreamLLMWarning, UnsupportedModelError
 from streamllm.layer import SinkLayer
 from streamllm.quick_forms import QuickForms
-from streamllm.store import Store
+from streamllm.store import STORES, Store
 
 Pair = tuple[Store, Store]
 """Keys and values of one layer."""
@@ -69,6 +69,8 @@ class Slots:
         self._model, self._decoder = model, model.get_decoder()
         self._note = note or (lambda text: warnings.warn(text, StreamLLMWarning, stacklevel=5))
         self._stores: list[Pair] = []  # of each layer, [count, H, C + 1, D]
+        self._plain: _Step | None = None  # the step as it is; it holds the model, so it may not stand in _steps
+        self._weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
 
     @property
     def free(self) -> int:
@@ -85,7 +87,8 @@ class Slots:
 
         Raises:
             UnsupportedModelError: steps of fixed shapes cannot read it.
-            CacheError: it has read nothing, has several rows, is too long for a slot, or all slots are taken.
+            CacheError: it has read nothing, has several rows, is too long for a slot, is in one already, keeps another
+                dtype than the streams before it, or all slots are taken.
         """
         if reason := why_not(cache):
             raise UnsupportedModelError(f"A model of type {cache.spec.model_type!r} cannot be read in slots: {reason}.")
@@ -93,15 +96,27 @@ class Slots:
             raise CacheError("A slot takes a cache of one row that has read something: read the prompt by the model.")
         if cache.capacity > self.columns:
             raise CacheError(f"The stream may cache {cache.capacity} tokens, a slot holds {self.columns}.")
+        if cache in self.caches:
+            raise CacheError("The stream is in a slot already.")
         if not self.free:
             raise CacheError(f"All {len(self.caches)} slots are taken: release a stream first.")
         if not self._stores:
             self._stores = [self._allocate(layer) for layer in _sink_layers(cache)]
-        self._place(cache, self.caches.index(None))
+        if STORES[cache.config.kv_dtype] is not type(self._stores[0][0]):
+            raise CacheError(
+                f"The stream has kv_dtype={cache.config.kv_dtype!r}, the slots were made for another: use other slots."
+            )
+        slot = self.caches.index(None)
+        self.caches[slot] = cache
+        self._place(cache, slot)
 
     def release(self, cache: SinkCache) -> None:
-        """Move a stream out, into memory of its own; the last one takes its place."""
-        slot = self.caches.index(cache)
+        """Move a stream out, into memory of its own; the last one takes its place.
+
+        Raises:
+            CacheError: it is in no slot.
+        """
+        slot = self._slot(cache)
         for layer in _sink_layers(cache):
             keys, values = (store.cut(_ALL, 0, layer.ledger.slots).clone() for store in layer.stores or ())
             layer.stores = (keys, values)
@@ -109,8 +124,8 @@ class Slots:
         last = max((i for i, held in enumerate(self.caches) if held is not None), default=0)
         moved = self.caches[last]
         if last > slot and moved is not None:
+            self.caches[slot], self.caches[last] = moved, None
             self._place(moved, slot)
-            self.caches[last] = None
 
     @torch.no_grad()
     def step(self, caches: Sequence[SinkCache], ids: Sequence[int]) -> Tensor:
@@ -119,12 +134,14 @@ class Slots:
         Whatever is raised by the model leaves all streams as they were, but for evictions that were due.
 
         Raises:
-            CacheError: a stream is in no slot, was pinned beyond its slot, or was broken off.
+            CacheError: a stream is in no slot, was pinned beyond its slot, is named twice, or was broken off.
         """
+        if len({id(cache) for cache in caches}) < len(caches):
+            raise CacheError("A step reads one token of each stream, you named one twice.")
         places = [self._place_of(cache) for cache in caches]
         plan = [[0] * 4 for _ in range(self._size(max(places) + 1))]  # id, first column, column of the id, position
-        for row in plan:
-            row[1] = row[2] = self.columns
+        for line in plan:
+            line[1] = line[2] = self.columns
         for cache, place, token in zip(caches, places, ids, strict=True):
             cache.enter(self._decoder, torch.tensor([[token]]), None, [True], are_ids=True)
             ledger = _sink_layers(cache)[0].ledger
@@ -151,22 +168,36 @@ class Slots:
         return keys, values
 
     def _place(self, cache: SinkCache, slot: int) -> None:
-        """Move a stream into a slot, emptied before: what is hidden is read too, with a weight of 0, so not nan."""
-        rows = slice(slot, slot + 1)
-        for layer, pair in zip(_sink_layers(cache), self._stores, strict=True):
-            keys, values = (store.cut(rows, 0, self.columns) for store in pair)
-            for part in (*keys.parts().values(), *values.parts().values()):
-                part.zero_()
-            layer.settle((keys, values))
-        self.caches[slot] = cache
+        """Move a stream into its slot, emptied before: what is hidden is read with a weight of 0, so it must be finite.
 
-    def _place_of(self, cache: SinkCache) -> int:
+        One that was pinned beyond its slot stays in memory of its own. The first layer comes last: once it is there,
+        all are, whatever interrupts.
+        """
+        if cache.capacity > self.columns:
+            return
+        rows = slice(slot, slot + 1)
+        for layer, pair in reversed(list(zip(_sink_layers(cache), self._stores, strict=True))):
+            if not _is_at(layer, pair, slot):
+                for store in pair:
+                    store.cut(rows, 0, store.columns).clear()
+                with torch.inference_mode(False):
+                    keys, values = (store.cut(rows, 0, self.columns) for store in pair)
+                layer.settle((keys, values))
+
+    def _slot(self, cache: SinkCache) -> int:
         """The slot of a stream."""
         if cache not in self.caches:
             raise CacheError("The stream is in no slot: take() it first.")
+        return self.caches.index(cache)
+
+    def _place_of(self, cache: SinkCache) -> int:
+        """The slot of a stream, which lies there; whatever gives a stream memory of its own has moved it out."""
+        slot = self._slot(cache)
         if cache.capacity > self.columns:
             raise CacheError(f"The stream was pinned beyond its slot: it may cache {cache.capacity} of {self.columns}.")
-        return self.caches.index(cache)
+        if not _is_at(_sink_layers(cache)[0], self._stores[0], slot):
+            self._place(cache, slot)
+        return slot
 
     def _size(self, used: int) -> int:
         """Slots that a step reads: all in use, or the next power of two if each size is compiled."""
@@ -180,13 +211,19 @@ class Slots:
     def _run(self, count: int) -> Callable[..., Tensor]:
         """The step over ``count`` slots, compiled if it can be."""
         kind = type(self._stores[0][0])
-        key = (count, self.columns, kind, self.compiles, torch.get_num_threads())
-        known = _steps.setdefault(self._model, {})
-        if key not in known:
-            known[key] = self._compile(_Step(self._model, kind), count) if self.compiles else _Step(self._model, kind)
-        return known[key]
+        if self.compiles:
+            key = (count, self.columns, kind, torch.get_num_threads(), self._weights)
+            known = _steps.setdefault(self._model, {})
+            if key not in known:
+                known[key] = self._compile(_Step(self._model, kind), count)
+            if found := known[key]:
+                return found
+            self.compiles = False
+        if self._plain is None:
+            self._plain = _Step(self._model, kind)
+        return self._plain
 
-    def _compile(self, step: _Step, count: int) -> Callable[..., Tensor]:
+    def _compile(self, step: _Step, count: int) -> Callable[..., Tensor] | None:
         from streamllm.compiled import compile_module
 
         plan = torch.zeros((count, 4), dtype=torch.long, device=self._model.device)
@@ -197,18 +234,23 @@ class Slots:
                 f"Decoding is not compiled, which is slower: {type(error).__name__}, {str(error)[:100].strip()}; is a "
                 "C++ compiler there?"
             )
-            self.compiles = False
-            return step
+            return None
 
 
 _ALL = slice(None)
 
-# The steps of each model by their sizes, so that the next stream need not compile or load them again.
-_steps: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Callable[..., Tensor]]] = WeakKeyDictionary()
+# The compiled steps of each model by their sizes and by where its weights lie, so that the next stream need not compile
+# or load them again; None: it failed, and need not be tried again.
+_steps: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Callable[..., Tensor] | None]] = WeakKeyDictionary()
 
 
 def _sink_layers(cache: SinkCache) -> list[SinkLayer]:
     return [layer for layer in cache.layers if isinstance(layer, SinkLayer)]
+
+
+def _is_at(layer: SinkLayer, pair: Pair, slot: int) -> bool:
+    """Whether a layer's columns are those of a slot."""
+    return layer.stores is not None and layer.stores[0].data.data_ptr() == pair[0].data[slot].data_ptr()
 
 
 class _Step(nn.Module):

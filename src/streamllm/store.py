@@ -51,6 +51,11 @@ class Store:
         """A copy with these rows."""
         return type(self)(*(part.index_select(0, rows.to(part.device)) for part in self.parts().values()))
 
+    def clear(self) -> None:
+        """Overwrite everything by zeros."""
+        for part in self.parts().values():
+            part.zero_()
+
     def clone(self) -> Store:
         """A copy in memory of its own."""
         with torch.inference_mode(False):
@@ -109,9 +114,11 @@ class Int8Store(Store):
 
 
 def _quantised(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers in -127..127, and the scale [..., 1] that they are to be multiplied by."""
+    """Numbers in -127..127 and their scale. What is not finite makes its scale so, and is no number when it is read."""
     scale = states.abs().amax(-1, keepdim=True) / 127
-    steps = states / scale.masked_fill(scale == 0, 1)
+    # In half precision a quotient near 127 would be off by a quarter of a step.
+    exact = torch.promote_types(states.dtype, torch.float32)
+    steps = states.to(exact) / scale.masked_fill(scale == 0, 1).to(exact)
     return steps.round().clamp(-127, 127).to(torch.int8), scale
 
 
