@@ -691,7 +691,7 @@ def test_without_a_compiler_there_is_one_note_and_the_right_logits(
         found, want = together(model, [4, 25, 11], 30, Slots(model, 4, CAPACITY, compiles=True, note=notes.append))
         check_close(found, want)
     assert notes == [
-        "decoding is not compiled, which is slower (FileNotFoundError: g++ was not found; is a C++ compiler there?)"
+        "Decoding is not compiled, which is slower: FileNotFoundError, g++ was not found; is a C++ compiler there?"
     ]
     monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
     with pytest.warns(UserWarning, match="decoding is not compiled"):
