@@ -180,8 +180,7 @@ class Slots:
             if not _is_at(layer, pair, slot):
                 for store in pair:
                     store.cut(rows, 0, store.columns).clear()
-                with torch.inference_mode(False):
-                    keys, values = (store.cut(rows, 0, self.columns) for store in pair)
+                keys, values = (store.cut(rows, 0, self.columns) for store in pair)
                 layer.settle((keys, values))
 
     def _slot(self, cache: SinkCache) -> int:
