@@ -17,7 +17,7 @@ from stories import STORIES
 from streamllm.cache import SinkCache
 from streamllm.config import SamplingConfig
 from streamllm.detokenize import Decoder
-from streamllm.errors import ConfigError, InputError, StreamLLMError
+from streamllm.errors import ConfigError, InputError, StreamLLMError, StreamLLMWarning
 from streamllm.loop import Chunk, end_ids, generate, stream
 from streamllm.models import load
 from streamllm.sampling import Sampler
@@ -346,3 +346,26 @@ def test_a_prompt_of_many_megabytes_is_read_in_flat_memory(model, tokenizer) -> 
     last = list(stream(model, tokenizer, pieces(), max_tokens=1))[-1]
     assert last.stats.tokens_seen > 1_000_000
     assert held[1] - held[0] < 4 * 2**20
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_a_compiled_stream_draws_what_it_would_draw_anyway(model, tokenizer, tmp_path, monkeypatch) -> None:
+    """Reference: ``by_hand``; over many evictions, and on after another stream has ended."""
+    monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))
+    prompt = tokenizer(PROMPT).input_ids
+    options = {"sampling": GREEDY, "on_end": "pass", "compile": True}
+    cache = SinkCache(model, **SIZES)
+    got = ids_of(stream(model, tokenizer, PROMPT, max_tokens=200, cache=cache, **options))
+    got += ids_of(stream(model, tokenizer, None, max_tokens=100, cache=cache, **options))
+    assert got == by_hand(model, prompt, 300)
+    assert len(list(tmp_path.iterdir())) == 1  # compiled once
+
+
+def test_what_cannot_be_compiled_is_said_and_goes_on(tokenizer) -> None:
+    """Reference: the same stream without; a model that re-reads."""
+    model = next(f for f in FAMILIES.values() if SinkCache(f.make(), 3, 12, 5).config.reread).make()
+    options = {"sampling": GREEDY, "max_tokens": 20, "on_end": "pass", "sinks": 3, "window": 12, "block": 5}
+    want = ids_of(stream(model, tokenizer, [5, 9, 2, 7], **options))
+    with pytest.warns(StreamLLMWarning, match="not compiled, which is slower: its tokens are read anew"):
+        got = ids_of(stream(model, tokenizer, [5, 9, 2, 7], compile=True, **options))
+    assert got == want

@@ -22,7 +22,7 @@ from streamllm.checkpoint import EMBEDDED
 from streamllm.cli import app
 from streamllm.config import CacheConfig, SamplingConfig
 from streamllm.console import PIECE_CHARS, Screen
-from streamllm.errors import InputError, StateError, StreamLLMError
+from streamllm.errors import ConfigError, InputError, StateError, StreamLLMError
 from streamllm.loop import end_ids
 from streamllm.run import Job
 
@@ -39,6 +39,7 @@ def job(**changes: Any) -> Job:
             "dtype": "auto",
             "quantize": "none",
             "cache": CacheConfig(),
+            "compile": False,
             "sampling": SamplingConfig(temperature=0),
             "explicit": frozenset(),
             "max_tokens": 5,
@@ -195,3 +196,37 @@ def test_waiting_for_a_pipe_is_not_explained_to_whoever_wants_quiet(capsys: pyte
     for quiet in (True, False):
         job(quiet=quiet)._waits(Screen(quiet=quiet))
     assert capsys.readouterr().err.count("waiting for standard input") == 1
+
+
+def test_a_step_that_cannot_be_compiled_is_said_in_one_line_and_changes_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Reference: the same run without ``--compile``; here the compiler is missing."""
+
+    def no_compiler(*_: Any) -> None:
+        raise FileNotFoundError("no g++ here")
+
+    monkeypatch.setattr("streamllm.compiled._compile", no_compiler)
+    monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))
+    assert job(prompt="Once upon a time").run() == 0
+    want = capsys.readouterr()
+    assert job(prompt="Once upon a time", compile=True, quiet=False).run() == 0
+    found = capsys.readouterr()
+    assert found.out == want.out
+    lines = [line for line in found.err.splitlines() if "compile" in line]
+    assert lines == [
+        "Decoding is not compiled, which is slower: FileNotFoundError, no g++ here; is a C++ compiler there?"
+    ]
+
+
+def test_a_stream_in_eight_bits_is_saved_and_resumed_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reference: a run that was never stopped; and the other kind of cache is refused."""
+    small = {"cache": CacheConfig(window=40, block=8, kv_dtype="int8")}
+    file = tmp_path / "x.stream"
+    assert job(prompt="Once upon a time", max_tokens=80, **small).run() == 0
+    want = capsys.readouterr().out
+    assert job(prompt="Once upon a time", max_tokens=50, save=file, **small).run() == 0
+    assert job(prompt="", max_tokens=30, resume=file, **small).run() == 0
+    assert capsys.readouterr().out == want
+    with pytest.raises(ConfigError, match=r"--kv-dtype auto contradicts .* was saved with int8 and keeps it"):
+        job(resume=file, explicit=frozenset({"kv_dtype"})).run()

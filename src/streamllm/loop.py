@@ -32,6 +32,9 @@ from streamllm.stats import Meter, Stats
 
 Finish = Literal["end", "stop", "length"]
 
+COLUMNS = 64
+"""A slot has a multiple of so many, so that heads of other lengths do not each need a step compiled for them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -141,7 +144,8 @@ def _one_slot(turn: Turn) -> Slots | None:
     if reason := why_not(turn.cache):
         warnings.warn(f"Decoding is not compiled, which is slower: {reason}.", StreamLLMWarning, stacklevel=3)
         return None
-    slots = Slots(turn.model, 1, turn.cache.capacity, compiles=True)
+    columns = -(-turn.cache.capacity // COLUMNS) * COLUMNS
+    slots = Slots(turn.model, 1, columns, compiles=True)
     slots.take(turn.cache)
     return slots
 

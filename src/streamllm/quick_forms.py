@@ -21,32 +21,49 @@ HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyp
 
 
 class QuickForms(TorchFunctionMode):
-    """While it is on, linear layers, and attention of single tokens, are computed in those forms on a processor.
+    """While it is on, linear layers are computed in those forms on a processor, where gradients are not wanted.
 
     The sums are the same, added in another order.
+
+    Args:
+        loops: also use forms for single rows that are quick only if a compiler makes loops of them, in linear layers
+            and in the attention of one token.
     """
+
+    def __init__(self, *, loops: bool = False) -> None:
+        super().__init__()
+        self._forms = _LOOPS if loops else _FORMS
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called for every function of torch."""
-        own = _FORMS.get(func)
-        found = own(*args, **(kwargs or {})) if own else None
-        return func(*args, **(kwargs or {})) if found is None else found
+        for form in self._forms.get(func, ()):
+            found = form(*args, **(kwargs or {}))
+            if found is not None:
+                return found
+        return func(*args, **(kwargs or {}))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """``functional.linear`` over input [..., K]; ``None``: better as it is."""
+    """``functional.linear`` over input [..., K] by oneDNN; ``None``: better as it is."""
     rows = math.prod(input.shape[:-1])
-    if input.device.type != "cpu" or not rows or weight.ndim != 2 or weight.dtype != input.dtype:
+    dtypes = {input.dtype, weight.dtype, torch.float32}
+    if input.device.type != "cpu" or weight.ndim != 2 or not rows or len(dtypes) > 1:
         return None
-    if rows == 1 and input.is_floating_point() and torch.compiler.is_compiling():
-        out = (weight * input.reshape(1, -1)).sum(-1)
-        out = out if bias is None else out + bias
-    elif input.dtype == torch.float32 and HAS_ONEDNN and not torch.is_grad_enabled():
-        out = torch.ops.mkldnn._linear_pointwise(input.reshape(rows, -1), weight, bias, "none", [], "")
-    else:
+    if not HAS_ONEDNN or torch.is_grad_enabled():
         return None
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(input.reshape(rows, -1), weight, bias, "none", [], "")
+    return out.reshape(*input.shape[:-1], -1)
+
+
+def _row(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """``functional.linear`` over one row, input [.., 1, K], as a sum of products; ``None``: better as it is."""
+    is_row = math.prod(input.shape[:-1]) == 1 and weight.ndim == 2 and weight.dtype == input.dtype
+    if input.device.type != "cpu" or not is_row or not input.is_floating_point():
+        return None
+    out = (weight * input.reshape(1, -1)).sum(-1)
+    out = out if bias is None else out + bias
     return out.reshape(*input.shape[:-1], -1)
 
 
@@ -63,7 +80,6 @@ def _attention(
     """``scaled_dot_product_attention`` of query [B, H, 1, D] over [B, G, C, D]; ``None``: better as it is."""
     fits = (
         query.device.type == "cpu"
-        and torch.compiler.is_compiling()
         and query.ndim == key.ndim == value.ndim == 4
         and query.shape[2] == 1
         and query.shape[0] == key.shape[0]
@@ -90,7 +106,9 @@ def _adds(mask: Tensor) -> bool:
     return mask.is_floating_point() and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
 
 
-_FORMS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
-    functional.linear: _linear,
-    functional.scaled_dot_product_attention: _attention,
+_FORMS: dict[Callable[..., Any], tuple[Callable[..., Tensor | None], ...]] = {functional.linear: (_linear,)}
+
+_LOOPS: dict[Callable[..., Any], tuple[Callable[..., Tensor | None], ...]] = {
+    functional.linear: (_row, _linear),
+    functional.scaled_dot_product_attention: (_attention,),
 }

@@ -268,7 +268,7 @@ class _Step(nn.Module):
         dtype = self.model.dtype
         mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
         view = _View([_View.layer(self.kind, parts, column) for parts in stores])
-        with QuickForms():
+        with QuickForms(loops=torch.compiler.is_compiling()):
             found = self.model(
                 input_ids=ids[:, None],
                 position_ids=position[:, None],

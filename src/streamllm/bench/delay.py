@@ -10,9 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
-
 from streamllm.bench.rounds import ratio, summary
 from streamllm.bench.subject import Subject
 from streamllm.config import CacheConfig
@@ -28,10 +25,8 @@ OTHERS = 7
 
 def measure_engine(subject: Subject, window: int, rounds: int, *, compiles: bool) -> dict[str, Any]:
     """``measure_delay`` of an engine with a slot for each, and prompts of one window."""
-    vocabulary = {str(number): number for number in range(subject.vocabulary)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")))
     config = CacheConfig(subject.sinks, window - subject.sinks, subject.block)
-    with Engine(subject.model, tokenizer, slots=OTHERS + 1, config=config, compile=compiles) as engine:
+    with Engine(subject.model, subject.tokenizer, slots=OTHERS + 1, config=config, compile=compiles) as engine:
 
         def submit(prompt: Sequence[int], most: int) -> Iterator[Any]:
             request = engine.submit(prompt, max_tokens=most, on_end="pass")

@@ -136,6 +136,7 @@ class BenchJob:
         from streamllm.bench.bandwidth import measure_bandwidth
         from streamllm.bench.decode import measure_decode
         from streamllm.bench.delay import measure_engine
+        from streamllm.bench.loop_cost import measure_loop
         from streamllm.bench.prefill import measure_prefill
         from streamllm.bench.upkeep import measure_upkeep
         from streamllm.bench.verdict import ratios, targets
@@ -163,6 +164,9 @@ class BenchJob:
             prefill = measure_prefill(plan.methods, subject, plan.at, plan.rounds, leave, _prefixed(tell, "prompt"))
             tell("first token")
             delay = measure_engine(subject, plan.at, plan.rounds, compiles=own == "compiled") if own else None
+            loop = own and measure_loop(
+                subject, plan.at, plan.rounds, leave, _prefixed(tell, "loop"), compiles=own == "compiled"
+            )
             decode = []
             several = [name for name in plan.methods if _takes_rows(name)]
             for window, rows in _settings(plan):
@@ -181,6 +185,7 @@ class BenchJob:
             "window_alone": alone,
             "upkeep": upkeep,
             "delay": delay,
+            "loop": loop,
             "left_out": left_out,
         }
         figures["ratios"] = ratios(figures)

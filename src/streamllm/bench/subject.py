@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from streamllm.bench.shape import Shape
 from streamllm.config import CacheConfig
@@ -58,6 +59,12 @@ class Subject:
     def vocabulary(self) -> int:
         """Number of ids."""
         return int(self.model.config.get_text_config().vocab_size)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """One that spells each id as its number, whatever the weights: text costs the same, and no file is needed."""
+        words = {str(number): number for number in range(self.vocabulary)}
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")))
 
     @property
     def is_llama(self) -> bool:

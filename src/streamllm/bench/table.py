@@ -35,6 +35,11 @@ def tables(figures: Figures, targets: list[Target]) -> Iterator[tuple[str, Rows]
         yield "evictions and restarts of positions", _upkeep(figures["upkeep"])
     if figures["delay"]:
         yield "first token", _delay(figures["delay"])
+    if loop := figures.get("loop"):
+        head = ("draw", "greedy draw", "text", "step", "loop's share")
+        names = ("draw_ms", "greedy_draw_ms", "text_ms", "step_ms")
+        cells = (f"{loop[name]['median']:.3f}" for name in names)
+        yield "the loop beside the step, ms a token", [head, (*cells, f"{loop['share']:.1%}")]
     if figures["ratios"]:
         head = ("window", "ours", "beside", "times faster", "spread")
         yield "ratios, medians within the rounds", [head, *(_ratio(entry) for entry in figures["ratios"])]

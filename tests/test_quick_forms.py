@@ -1,16 +1,16 @@
-"""The forms for few rows give what torch gives, and leave alone what they were not made for."""
+"""The quick forms give what torch gives, and leave alone what they were not made for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamllm import few_rows
-from streamllm.few_rows import MOST_ROWS, FewRows
+from streamllm import quick_forms
+from streamllm.quick_forms import QuickForms
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative to the largest number; torch adds up in float32 and rounds once, the forms round every product."""
@@ -32,21 +32,39 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, func: Callable[..., Tensor]) -> None:
         self.own = 0
-        form = few_rows._FORMS[func]
 
-        def counted(*args: object, **kwargs: object) -> Tensor | None:
-            found = form(*args, **kwargs)
-            self.own += found is not None
-            return found
+        def count(form: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+            def counted(*args: object, **kwargs: object) -> Tensor | None:
+                found = form(*args, **kwargs)
+                self.own += found is not None
+                return found
 
-        monkeypatch.setitem(few_rows._FORMS, func, counted)
+            return counted
+
+        for forms in (quick_forms._FORMS, quick_forms._LOOPS):
+            if func in forms:
+                monkeypatch.setitem(forms, func, tuple(map(count, forms[func])))
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 # ---- linear layers
 
 
+def test_gradients_are_left_to_torch() -> None:
+    """Reference: torch's own gradient; oneDNN's product, as it is called here, has none."""
+    weight = draw(4, 8).requires_grad_()
+    with torch.enable_grad(), QuickForms():
+        functional.linear(draw(3, 8), weight).sum().backward()
+    assert torch.equal(weight.grad, draw(3, 8).sum(0).expand(4, -1))
+
+
 @dtypes
-@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 3, 300])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers_equal_torchs_own(
     dtype: torch.dtype, rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
@@ -56,14 +74,17 @@ def test_linear_layers_equal_torchs_own(
     weight, added = draw(33, 70, dtype=dtype), draw(33, dtype=dtype, seed=1) if bias else None
     states = draw(rows, 70, dtype=dtype, seed=2)
     for x in [states, states[:, None], states[None], *([states[0]] if rows == 1 else [])]:
-        with FewRows():
+        with QuickForms(loops=True):
             found = functional.linear(x, weight, added)
             named = functional.linear(input=x, weight=weight, bias=added)
         want = functional.linear(x, weight, added)
         check_close(found, want)
         assert torch.equal(named, found)
-    few_enough = rows == 1 or (rows <= MOST_ROWS and dtype == torch.float32)
-    assert (counted.own > 0) == few_enough
+    assert (counted.own > 0) == (rows == 1 or dtype == torch.float32)
+    before = counted.own
+    with QuickForms():  # without loops: by oneDNN alone
+        check_close(functional.linear(states, weight, added), want.view(rows, -1))
+    assert (counted.own > before) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -71,7 +92,7 @@ def test_a_linear_layer_is_as_near_to_the_exact_sum_as_torchs_own(dtype: torch.d
     """Reference: the sum in float64; twice torch's own error is allowed, and a rounding of the dtype."""
     weight, x = draw(200, 512, dtype=dtype), draw(1, 512, dtype=dtype, seed=1)
     exact = functional.linear(x.double(), weight.double())
-    with FewRows():
+    with QuickForms(loops=True):
         found = functional.linear(x, weight)
     allowed = (functional.linear(x, weight).double() - exact).abs().max() * 2 + torch.finfo(dtype).eps
     assert (found.double() - exact).abs().max() <= allowed
@@ -83,7 +104,7 @@ def test_modules_are_read_by_the_form_and_only_while_the_mode_is_on(monkeypatch:
     layer, x = torch.nn.Linear(8, 4).requires_grad_(False), draw(1, 8)
     want = layer(x)
     assert counted.own == 0
-    with FewRows():
+    with QuickForms(loops=True):
         check_close(layer(x), want)
     assert counted.own == 1
     layer(x)
@@ -108,7 +129,7 @@ def test_linear_layers_of_other_kinds_are_left_alone(
     """Reference: torch's own, bit for bit."""
     counted = Counted(monkeypatch, functional.linear)
     want = functional.linear(x, weight)
-    with FewRows():
+    with QuickForms(loops=True):
         assert torch.equal(functional.linear(x, weight), want)
     assert counted.own == 0
 
@@ -116,7 +137,7 @@ def test_linear_layers_of_other_kinds_are_left_alone(
 def test_what_torch_refuses_is_refused_by_torch() -> None:
     """Reference: torch's own error."""
     for x, weight in [(draw(1, 8), draw(4, 8, dtype=torch.float64)), (draw(2, 7), draw(4, 8))]:
-        with FewRows(), pytest.raises(RuntimeError):
+        with QuickForms(loops=True), pytest.raises(RuntimeError):
             functional.linear(x, weight)
 
 
@@ -157,7 +178,7 @@ def test_attention_equals_torchs_own(
     mask = masked(dtype) if has_mask else None
     repeated = (tensor.repeat_interleave(heads // groups, dim=1) for tensor in (keys, values))
     want = functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=scale)
-    with FewRows():
+    with QuickForms(loops=True):
         found = functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, scale=scale, enable_gqa=heads != groups
         )
@@ -172,7 +193,7 @@ def test_attention_hides_whatever_is_hidden() -> None:
     mask[..., 5:] = torch.finfo(torch.float32).min
     keys[:, :, 5:] *= 1e6
     values[:, :, 5:] = 1e30
-    with FewRows():
+    with QuickForms(loops=True):
         found = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
         want = functional.scaled_dot_product_attention(query, keys[:, :, :5], values[:, :, :5], enable_gqa=True)
     check_close(found, want)
@@ -197,7 +218,7 @@ def test_attention_of_other_kinds_is_left_alone(change: dict[str, Tensor], monke
     query, key, value = cached(torch.float32)
     given = {"query": query, "key": key, "value": value, "enable_gqa": True, **change}
     want = functional.scaled_dot_product_attention(**given)
-    with FewRows():
+    with QuickForms(loops=True):
         assert torch.equal(functional.scaled_dot_product_attention(**given), want)
     assert counted.own == 0
 
@@ -206,7 +227,7 @@ def test_dropout_and_heads_that_do_not_fit_are_torchs_own_matter(monkeypatch: py
     """Reference: a count, and torch's own error for groups of heads that nobody asked for."""
     counted = Counted(monkeypatch, functional.scaled_dot_product_attention)
     query, keys, values = cached(torch.float32)
-    with FewRows():
+    with QuickForms(loops=True):
         functional.scaled_dot_product_attention(query, keys, values, dropout_p=0.5, enable_gqa=True)
         with pytest.raises(RuntimeError):
             functional.scaled_dot_product_attention(query, keys, values)
