@@ -30,8 +30,8 @@ MAX_TURNS = 32
 are as far from exact ones as those of none, those of 500 are garbage, since small turns round to nothing each time."""
 
 MAX_TURNS_INT8 = 8
-"""The same for keys in eight bits. Measured on two models and two windows: the logits of 8 turns are up to 1.15 times
-as far from exact ones as those of none, those of 16 up to 1.4 times, those of 32 three times."""
+"""The same for keys in eight bits. Measured on two models: the logits of 8 turns are up to 1.15 times as far from exact
+ones as those of none, those of 16 up to 1.4 times, those of 32 three times."""
 
 PREFILL_CHUNK = 256
 """Tokens read in one forward while a prompt crosses evictions; 64, one block, would leave half the machine idle."""

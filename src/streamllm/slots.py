@@ -8,6 +8,7 @@ Shapes: ``n`` slots, ``C`` columns of each, and one more that takes what idle sl
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -214,7 +215,7 @@ class Slots:
             key = (count, self.columns, kind, torch.get_num_threads(), self._weights)
             known = _steps.setdefault(self._model, {})
             if key not in known:
-                known[key] = self._compile(_Step(self._model, kind), count)
+                known[key] = self._compile(_Step(self._model, kind, is_compiled=True), count)
             if found := known[key]:
                 return found
             self.compiles = False
@@ -255,9 +256,9 @@ def _is_at(layer: SinkLayer, pair: Pair, slot: int) -> bool:
 class _Step(nn.Module):
     """What is compiled: one token of each slot through the model."""
 
-    def __init__(self, model: PreTrainedModel, kind: type[Store]) -> None:
+    def __init__(self, model: PreTrainedModel, kind: type[Store], *, is_compiled: bool = False) -> None:
         super().__init__()
-        self.model, self.kind = model, kind
+        self.model, self.kind, self.is_compiled = model, kind, is_compiled
         self.eval()
 
     def forward(self, plan: Tensor, stores: list[list[Tensor]]) -> Tensor:
@@ -268,7 +269,8 @@ class _Step(nn.Module):
         dtype = self.model.dtype
         mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
         view = _View([_View.layer(self.kind, parts, column) for parts in stores])
-        with QuickForms(loops=torch.compiler.is_compiling()):
+        # Only a compiler makes loops of those forms; as they are, they are slower than torch's own.
+        with QuickForms(loops=True) if self.is_compiled else contextlib.nullcontext():
             found = self.model(
                 input_ids=ids[:, None],
                 position_ids=position[:, None],
