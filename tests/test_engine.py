@@ -19,6 +19,7 @@ from streamllm.config import CacheConfig
 from streamllm.engine import Engine
 from streamllm.errors import BusyError, ConfigError, InputError
 from streamllm.request import BUFFER, Request
+from streamllm.state import load_state
 
 CONFIG = CacheConfig(sinks=4, window=60, block=16)
 PROMPTS = [
@@ -80,23 +81,34 @@ def test_each_stream_is_what_it_would_be_alone(loaded, engine) -> None:
     assert stats.tokens_generated == 5 * 90
 
 
-def test_streams_that_memory_has_no_room_for_wait_on_disk(loaded, tmp_path: Path) -> None:
-    """Reference: ``stream()``; six streams, one slot, memory for one cache."""
+def test_streams_that_memory_has_no_room_for_wait_on_disk(
+    loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: ``stream()``; six streams, memory for one slot and one cache beside it."""
     size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
-    with Engine(*loaded, slots=4, config=CONFIG, memory=size, folder=tmp_path, quantum=7) as engine:
+    with Engine(*loaded, slots=4, config=CONFIG, memory=2 * size, folder=tmp_path, quantum=7) as engine:
         assert engine.stats().slots == 1
+        most = 0
+
+        def watch(step: Any = engine._step) -> bool:
+            nonlocal most
+            most = max(most, engine._apart_now())
+            return bool(step())
+
+        monkeypatch.setattr(engine, "_step", watch)
         requests = [engine.submit(PROMPTS[i % 5], max_tokens=30, on_end="pass", sampling=sampling(i)) for i in range(6)]
         wait_until(lambda: engine.stats().on_disk >= 2)
         assert len(list(tmp_path.glob("*.stream"))) >= 1
         for number, request in enumerate(requests):
             assert ids(request) == alone(loaded, PROMPTS[number % 5], number, max_tokens=30)
     assert not list(tmp_path.iterdir())
+    assert most == 1
 
 
 def test_without_a_folder_streams_wait_until_others_are_done(loaded) -> None:
-    """Reference: the order of the calls; memory for two caches and no more."""
+    """Reference: the order of the calls; memory for two slots and one cache beside them, and no more."""
     size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
-    with Engine(*loaded, slots=2, config=CONFIG, memory=2 * size, quantum=3) as engine:
+    with Engine(*loaded, slots=2, config=CONFIG, memory=3 * size, quantum=3) as engine:
         requests = [engine.submit(PROMPTS[0], max_tokens=20, on_end="pass") for _ in range(4)]
         ended = []
         for request in requests:
@@ -112,15 +124,15 @@ def test_a_disk_that_is_full_ends_one_stream(loaded, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("streamllm.engine.save_state", refuse)
     size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
-    with Engine(*loaded, slots=1, config=CONFIG, memory=size, folder=tmp_path, quantum=5) as engine:
-        requests = [engine.submit(PROMPTS[0], max_tokens=40, on_end="pass") for _ in range(2)]
+    with Engine(*loaded, slots=1, config=CONFIG, memory=2 * size, folder=tmp_path, quantum=5) as engine:
+        requests = [engine.submit(PROMPTS[0], max_tokens=40, on_end="pass") for _ in range(4)]
         outcomes = []
         for request in requests:
             try:
-                outcomes.append(len(ids(request)))
+                outcomes.append(str(len(ids(request))))
             except StreamLLMError as error:
                 outcomes.append(str(error))
-    assert sorted(map(str, outcomes)) == ["40", "No space is left."]
+    assert set(outcomes) == {"40", "No space is left."}
 
 
 def test_a_cancelled_stream_frees_its_slot_and_keeps_what_it_has(loaded, engine) -> None:
@@ -292,7 +304,7 @@ def test_an_engine_drains_and_closes(loaded) -> None:
 def test_what_cannot_be_is_said_at_once(loaded, engine) -> None:
     with pytest.raises(ConfigError, match="slots must be at least 1"):
         Engine(*loaded, slots=0)
-    with pytest.raises(ConfigError, match=r"One stream needs .* bytes of cache, 1,000 are there"):
+    with pytest.raises(ConfigError, match=r"One stream needs .* bytes, for its slot .* 1,000 are there"):
         Engine(*loaded, memory=1000)
     with pytest.raises(ConfigError, match=r"this engine was made for 79: make it with columns=\d+"):
         engine.submit("x", cache=SinkCache(loaded[0], 4, 200, 16))
@@ -319,3 +331,133 @@ def test_a_long_prompt_does_not_hold_the_others_up(loaded, engine) -> None:
     assert during >= 10
     other.cancel()
     assert len(ids(reader)) == 1
+
+
+def test_more_unread_streams_than_slots_block_nobody(loaded) -> None:
+    """Reference: ``stream()`` for the one that is read; the engine can still be closed."""
+    with Engine(*loaded, slots=1, config=CONFIG, quantum=5) as engine:
+        unread = [engine.submit(PROMPTS[0], on_end="pass") for _ in range(2)]
+        wait_until(lambda: all(request.is_full for request in unread))
+        read = engine.submit(PROMPTS[2], max_tokens=30, on_end="pass", sampling=sampling(3))
+        assert ids(read) == alone(loaded, PROMPTS[2], 3, max_tokens=30)
+        assert len([next(unread[0]) for _ in range(BUFFER + 50)]) == BUFFER + 50
+
+
+def test_a_stream_can_be_suspended_and_cancelled_while_it_reads(loaded, engine) -> None:
+    """Reference: ``stream()``; and the tokens that a cancelled one has read are in its cache."""
+    long = PROMPTS[1] * 30
+    first, second = (engine.submit(long, max_tokens=20, on_end="pass", sampling=sampling(5)) for _ in range(2))
+    wait_until(lambda: first.turn.cache.tokens_seen > 300 and second.turn.cache.tokens_seen > 300)
+    first.suspend()
+    second.cancel()
+    wait_until(lambda: first.state == "suspended" and second.state == "done")
+    assert ids(second) == []
+    assert second.cache.tokens_seen > 300
+    seen = first.turn.cache.tokens_seen
+    time.sleep(0.1)
+    assert first.turn.cache.tokens_seen == seen
+    first.resume()
+    assert ids(first) == alone(loaded, long, 5, max_tokens=20)
+
+
+def test_streams_on_disk_can_be_cancelled_and_outlive_the_engine(loaded, tmp_path: Path) -> None:
+    """Reference: the ids given out; and the file that the error names."""
+    size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
+    with Engine(*loaded, slots=1, config=CONFIG, memory=2 * size, folder=tmp_path, quantum=4) as engine:
+        requests = [engine.submit(PROMPTS[0], on_end="pass") for _ in range(5)]
+        wait_until(lambda: engine.stats().on_disk >= 3)
+        victim = next(r for r in requests if r.id in engine._files)
+        victim.cancel()
+        wait_until(lambda: victim.state == "done")
+        got = ids(victim)
+        assert victim.cache.tokens_seen + 1 == len(loaded[1](PROMPTS[0]).input_ids) + len(got)
+        wait_until(lambda: engine.stats().on_disk >= 2)
+    errors = [str(request.error) for request in requests if request is not victim]
+    assert all("The engine was closed." in error for error in errors)
+    files = [Path(error.rpartition(" in ")[2].rstrip(".")) for error in errors if " in " in error]
+    assert files
+    for file in files:
+        assert load_state(file, loaded[0]).cache.tokens_seen > 0
+
+
+@pytest.mark.parametrize("where", ["release", "draw", "after"])
+def test_running_out_of_memory_anywhere_ends_no_other_stream(
+    where: str, loaded, engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a stream leaves its slot, while all draw, or where the results of a step are put together."""
+
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    requests = [engine.submit(PROMPTS[i], max_tokens=60, on_end="pass", sampling=sampling(i)) for i in range(3)]
+    first = [next(request).id for request in requests]
+    broken = requests[0] if where == "release" else None
+    if where == "release":
+        monkeypatch.setattr("streamllm.slots.Slots.release", fail)
+        requests[0].cancel()
+        wait_until(lambda: requests[0].state == "done")
+        monkeypatch.undo()
+        with pytest.raises(torch.OutOfMemoryError):
+            ids(requests[0])
+        assert requests[0].cache.tokens_seen == 0
+    elif where == "draw":
+        monkeypatch.setattr("streamllm.engine.draw", fail)
+    else:
+        step = engine._slots._plain.forward
+
+        def once(*args: Any) -> Any:
+            engine._slots._plain.forward = step
+            step(*args)
+            return fail()
+
+        engine._slots._plain.forward = once
+    for number, request in enumerate(requests):
+        if request is not broken:
+            assert [first[number], *ids(request)] == alone(loaded, PROMPTS[number], number, max_tokens=60)
+
+
+def test_a_stream_that_is_suspended_lets_the_engine_drain(loaded, engine) -> None:
+    """Reference: time; nobody else tells whoever waits."""
+    request = engine.submit(PROMPTS[0], on_end="pass")
+    next(request)
+    threading.Timer(0.3, request.suspend).start()
+    assert engine.drain(30)
+    assert request.state == "suspended"
+
+
+def test_asyncio_that_gives_up_waiting_leaves_nothing_behind(loaded, engine) -> None:
+    async def poll(request: Request) -> int:
+        for _ in range(20):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(anext(request), 0.01)
+        return len(request._sleepers)
+
+    request = engine.submit(PROMPTS[0], on_end="pass")
+    request.suspend()
+    wait_until(lambda: request.state == "suspended")
+    while request._chunks:
+        next(request)
+    assert asyncio.run(poll(request)) == 0
+
+
+def test_a_cache_of_another_kind_or_in_use_is_refused(loaded, engine) -> None:
+    with pytest.raises(ConfigError, match="kv_dtype='int8', this engine's have 'auto'"):
+        engine.submit(PROMPTS[0], cache=SinkCache(loaded[0], 4, 60, 16, kv_dtype="int8"))
+    first = engine.submit(PROMPTS[0], cache=SinkCache(loaded[0], 4, 60, 16), on_end="pass")
+    with pytest.raises(BusyError, match="belongs to a stream of the engine"):
+        engine.submit(PROMPTS[0], cache=first.turn.cache)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_a_compiled_engine_in_eight_bits(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: ``stream()`` over a cache in eight bits, not compiled; the steps are ready before the first stream."""
+    monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))
+    config = CacheConfig(4, 60, 16, kv_dtype="int8")
+    with Engine(*loaded, slots=2, config=config, quantum=10, compile=True) as engine:
+        assert len(list(tmp_path.iterdir())) == 2
+        requests = [engine.submit(PROMPTS[i], max_tokens=50, on_end="pass", sampling=sampling(1)) for i in range(3)]
+        for number, request in enumerate(requests):
+            cache = SinkCache(loaded[0], 4, 60, 16, kv_dtype="int8")
+            options: dict[str, Any] = {"max_tokens": 50, "on_end": "pass", "sampling": sampling(1)}
+            assert ids(request) == [c.id for c in stream(*loaded, PROMPTS[number], cache=cache, **options)]
+    assert len(list(tmp_path.iterdir())) == 2

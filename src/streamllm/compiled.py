@@ -25,6 +25,9 @@ from torch.utils import _pytree as pytree
 
 from streamllm.atomic import replacing
 
+MOST_SIZES = 64
+"""Steps of other shapes that one process may compile on an accelerator."""
+
 KEPT = 32
 """Compiled modules kept on disk; the one unused for longest makes room."""
 
@@ -36,18 +39,22 @@ _CONFIG = {
 }
 
 
-def compile_module(module: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return ``module`` as a function of arguments with the shapes of ``args``, which compute nothing yet.
+def compile_module(module: nn.Module, args: tuple[Any, ...], *, anew: bool = False) -> Callable[..., Any]:
+    """Return ``module`` as a function of arguments with the shapes of ``args``; it may have been called with them.
 
-    The weights stay where they are: a change in place is seen, a new tensor in its place is not.
+    The weights stay where they are: a change in place is seen, a new tensor in its place is not. ``anew``: do not take
+    what was compiled before.
 
     Raises:
         Exception: many kinds: no C++ compiler, no headers, an operation that cannot be exported.
     """
     if next(module.parameters()).device.type != "cpu":
-        return torch.compile(module, dynamic=False, fullgraph=True, mode="reduce-overhead")
+        compiled = torch.compile(module, dynamic=False, fullgraph=True, mode="reduce-overhead")
+        with _grouped_attention(), torch._dynamo.config.patch(recompile_limit=MOST_SIZES):
+            compiled(*args)  # compiles now, not at the first token
+        return compiled
     path = folder() / f"{_digest(module, args)}.pt2"
-    loaded = _load(path)
+    loaded = None if anew else _load(path)
     if loaded is None:
         _compile(module, args, path)
         loaded = torch._inductor.aoti_load_package(str(path))
@@ -74,7 +81,7 @@ def folder() -> Path:
 
 def _load(path: Path) -> Any:
     """What was compiled before; ``None``: nothing, or nothing whole."""
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path) or not (_is_private(path) and _is_private(path.parent)):
         return None
     with contextlib.suppress(OSError):  # a folder that may only be read
         os.utime(path)
@@ -86,7 +93,9 @@ def _load(path: Path) -> Any:
 
 def _compile(module: nn.Module, args: tuple[Any, ...], path: Path) -> None:
     """Compile to ``path``, and let go of what was unused for longest."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_private(path.parent):
+        raise PermissionError(f"{path.parent}, where code is kept that will be run, can be written by others")
     with torch.no_grad(), _grouped_attention(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the inside of the compiler
         exported = torch.export.export(module, args, strict=False)
@@ -101,9 +110,18 @@ def _compile(module: nn.Module, args: tuple[Any, ...], path: Path) -> None:
                 package.replace(temporary)
             finally:
                 package.unlink(missing_ok=True)
+    path.chmod(0o600)
     with contextlib.suppress(OSError):  # another process may be quicker
-        for file in sorted(path.parent.glob("*.pt2"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+        for file in sorted(path.parent.glob("[0-9a-f]" * 32 + ".pt2"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
             file.unlink(missing_ok=True)
+
+
+def _is_private(path: Path) -> bool:
+    """Whether nobody else can write there: what lies there is run."""
+    if not hasattr(os, "getuid"):  # pragma: no cover  # Windows: the user's own folder
+        return True
+    found = path.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 @contextlib.contextmanager
@@ -133,7 +151,7 @@ def _digest(module: nn.Module, args: tuple[Any, ...]) -> str:
         torch.__version__,
         transformers.__version__,
         platform.machine(),
-        torch.backends.cpu.get_cpu_capability(),
+        _processor(),
         torch.get_num_threads(),
         _CONFIG,
         _sources(),
@@ -143,6 +161,13 @@ def _digest(module: nn.Module, args: tuple[Any, ...]) -> str:
         configs,
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """What the compiler may make use of: it compiles for this very processor."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+        return next((line for line in file if line.startswith(("flags", "Features"))), "")
+    return f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _sources() -> str:

@@ -26,13 +26,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from streamllm.cache import SinkCache
 from streamllm.config import PREFILL_CHUNK, CacheConfig, OnEnd, SamplingConfig
 from streamllm.detokenize import Decoder
-from streamllm.errors import BusyError, ConfigError, InputError, StreamLLMError
+from streamllm.errors import BusyError, ConfigError, InputError
 from streamllm.loop import Chunk, Turn
 from streamllm.models import free_bytes
 from streamllm.request import Request
 from streamllm.sampling import Sampler, draw
 from streamllm.slots import Slots, why_not
 from streamllm.state import load_state, save_state
+
+PIECE_STEPS = 2
+"""Steps of the others that a piece of a prompt takes as long as, about; it counts as so many tokens of its share."""
 
 LEAST_PIECE = 16
 """Tokens of a prompt that are read at once at least, however slow that is."""
@@ -75,7 +78,8 @@ class Engine:
         columns: most tokens that a stream may cache; ``None``: what ``config`` needs. More is needed for streams that
             pin a longer head.
         compile: compile the decode step; each number of streams (1, 2, 4, ..) is compiled when it first occurs.
-        memory: bytes for all caches; ``None``: what is free now. Fewer slots than asked for are made if need be.
+        memory: bytes for all caches, those of the slots and those of streams that read their prompt or wait;
+            ``None``: four fifths of what is free now. Fewer slots than asked for are made if need be.
         folder: where caches go that memory has no room for; ``None``: such streams wait until others are done.
         waiting: streams that may be there beyond the slots, before ``submit`` refuses.
         quantum: tokens that a stream may generate before others that wait get its slot.
@@ -108,17 +112,21 @@ class Engine:
         probe = self._new_cache()
         self.columns = max(columns or 0, probe.capacity)
         self.bytes_per_stream = probe.bytes_when_full * self.columns // probe.capacity
-        memory = free_bytes(model.device) if memory is None else memory
-        fits = slots if memory is None else memory // self.bytes_per_stream
-        if fits < 1:
+        free = free_bytes(model.device)
+        memory = (None if free is None else free * 4 // 5) if memory is None else memory
+        fits = slots + waiting + 1 if memory is None else memory // self.bytes_per_stream
+        if fits < 2:
             raise ConfigError(
-                f"One stream needs {self.bytes_per_stream:,} bytes of cache, {memory:,} are there: choose a smaller "
-                "window, kv_dtype='int8', or give more memory."
+                f"One stream needs {2 * self.bytes_per_stream:,} bytes, for its slot and for reading its prompt; "
+                f"{memory:,} are there: choose a smaller window, kv_dtype='int8', or give more memory."
             )
+        self._spec = probe.spec
         self._has_slots = why_not(probe) is None
-        self._count = min(slots, fits)
-        self._most_begun = max(self._count, fits)  # streams whose caches are in memory at the same time
+        self._count = min(slots, fits - 1)
+        self._most_apart = fits - self._count  # caches in memory that are not in slots
         self._slots = Slots(model, self._count, self.columns, compiles=compile, note=note)
+        if compile and self._has_slots:
+            self._prepare()
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -166,25 +174,32 @@ class Engine:
                 f"The stream may cache {cache.capacity} tokens, this engine was made for {self.columns}: make it with "
                 f"columns={cache.capacity}."
             )
+        if cache is not None and cache.config.kv_dtype != self.config.kv_dtype:
+            raise ConfigError(
+                f"The stream's cache has kv_dtype={cache.config.kv_dtype!r}, this engine's have "
+                f"{self.config.kv_dtype!r}: make another engine for it."
+            )
+        turn = Turn(
+            self.model,
+            self.tokenizer,
+            self._new_cache() if cache is None else cache,
+            prompt,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            on_end=on_end,
+            decoder=decoder,
+        )
         with self._changed:
             if self._is_closing or self._is_draining:
                 raise BusyError("The engine is closing and takes no more streams.")
+            if any(request.turn.cache is turn.cache for request in self._all()):
+                raise BusyError("This cache belongs to a stream of the engine that is not done: wait for its end.")
             if len(self._queue) + len(self._active) + len(self._apart) >= self._most:
                 raise BusyError(
                     f"{self._most} streams are here already, {self._count} of them in slots: wait until one is done, "
                     "or make the engine with more slots or a longer queue."
                 )
-            turn = Turn(
-                self.model,
-                self.tokenizer,
-                self._new_cache() if cache is None else cache,
-                prompt,
-                max_tokens=max_tokens,
-                sampling=sampling,
-                stop=stop,
-                on_end=on_end,
-                decoder=decoder,
-            )
             self._submitted += 1
             request = Request(self._submitted, turn, stop_when, self._wake)
             self._queue.append(request)
@@ -208,13 +223,16 @@ class Engine:
             )
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more streams and wait until all that are not suspended are done; whether they are, in time (s)."""
+        """Take no more streams and wait until all that are not suspended are done; whether they are, in time (s).
+
+        A stream that nobody reads does not get done.
+        """
         with self._changed:
             self._is_draining = True
             return self._changed.wait_for(lambda: not self._queue and not self._active, timeout)
 
     def close(self) -> None:
-        """Cancel what is left, and stop the thread."""
+        """End what is left, and stop the thread. A stream that is on disk stays there: its error says where."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -228,7 +246,17 @@ class Engine:
 
     def _new_cache(self) -> SinkCache:
         config = self.config
-        return SinkCache(self.model, config.sinks, config.window, config.block, 1, config.reread, config.kv_dtype)
+        known = getattr(self, "_spec", self.model)  # the model is looked at once
+        return SinkCache(known, config.sinks, config.window, config.block, 1, config.reread, config.kv_dtype)
+
+    def _prepare(self) -> None:
+        """Compile for all numbers of streams before the first comes, not in the middle of others."""
+        cache = self._new_cache()
+        with torch.no_grad():
+            self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.model.device), past_key_values=cache)
+        self._slots.take(cache)
+        self._slots.prepare()
+        self._slots.drop(cache)
 
     # ---- the thread
 
@@ -248,9 +276,16 @@ class Engine:
             error = unforeseen
         with self._changed:
             self._is_closing = True
-            left = [*self._active, *self._queue, *self._apart]
+            left = self._all()
         for request in left:
-            self._finish(request, error or (None if request.is_cancelled else BusyError("The engine was closed.")))
+            path = self._files.pop(request.id, None)
+            closed = BusyError("The engine was closed." + ("" if path is None else f" The stream is in {path}."))
+            self._finish(request, error or (None if request.is_cancelled and path is None else closed))
+
+    def _all(self) -> list[Request]:
+        """All streams that are not done."""
+        with self._changed:
+            return [*self._active, *self._queue, *self._apart]
 
     def _has_work(self) -> bool:
         """Whether anything can be done now; called with the lock held."""
@@ -271,9 +306,9 @@ class Engine:
 
     def _come_and_go(self) -> None:
         """Let streams out that were cancelled, suspended or had their share, and others in."""
-        with self._changed:
-            everyone = [*self._active, *self._queue, *self._apart]
-        for request in everyone:
+        for request in self._all():
+            if request.state == "done":  # its cache could not be put on disk to make room
+                continue
             if request.is_cancelled:
                 self._finish(request)
             elif request.is_suspended and request.state != "suspended":
@@ -283,27 +318,40 @@ class Engine:
         while (chosen := self._next()) is not None:
             if len(self._active) == self._count and (victim := self._victim()) is not None:
                 self._move(victim, self._queue, "waiting")
+            if chosen.state == "done":
+                continue
             try:
                 self._enter(chosen)
             except Exception as error:
                 self._finish(chosen, error)
 
     def _next(self) -> Request | None:
-        """Who gets a slot next: the first in the queue for whose cache there is room."""
-        if len(self._active) == self._count and self._victim() is None:
+        """Who gets a slot next: the first in the queue that can go on, and for whose cache there is room."""
+        with self._changed:
+            is_crowded = len(self._active) == self._count
+            if is_crowded and self._victim() is None:
+                return None
+            for request in self._queue:
+                needed = is_crowded + self._needs_room(request)
+                if not request.is_full and (self._folder is not None or self._apart_now() + needed <= self._most_apart):
+                    return request
             return None
-        in_memory = sum(r.is_begun for r in (*self._active, *self._queue, *self._apart)) - len(self._files)
-        for request in self._queue:
-            is_in_memory = request.is_begun and request.id not in self._files
-            if is_in_memory or in_memory < self._most_begun or self._folder is not None:
-                return request
-        return None
 
     def _victim(self) -> Request | None:
         """Whose turn it is to leave for others: nobody reads it, or it has had its share."""
         stuck = [r for r in self._active if r.is_full]
         done = [r for r in self._active if r.tokens_in_slot >= self._quantum]
         return next(iter(stuck or sorted(done, key=lambda r: -r.tokens_in_slot)), None)
+
+    def _needs_room(self, request: Request) -> bool:
+        """Whether a stream's cache takes memory beside the slots when it enters, and did not before."""
+        return not request.is_begun or request.id in self._files
+
+    def _apart_now(self) -> int:
+        """Caches in memory that are not in slots."""
+        return sum(
+            r.is_begun and r.id not in self._files and r.turn.cache not in self._slots.caches for r in self._all()
+        )
 
     def _enter(self, request: Request) -> None:
         """Give a stream a slot, or let it read its prompt to get there."""
@@ -312,64 +360,73 @@ class Engine:
             self._active.append(request)
             request.tokens_in_slot = 0
             request.state = "decoding" if request.turn.drawn else "reading"
-        path = self._files.pop(request.id, None)
-        if path is not None:
-            request.turn.cache = load_state(path, self.model).cache
-            path.unlink(missing_ok=True)
-        self._make_room()
+        if self._needs_room(request):
+            self._make_room(1)
+        if request.id in self._files:
+            request.turn.cache = load_state(self._files[request.id], self.model).cache
+            self._files.pop(request.id).unlink(missing_ok=True)
         request.is_begun = True
         if request.state == "decoding" and self._has_slots:
             self._slots.take(request.turn.cache)
 
     def _move(self, request: Request, target: Any, state: Any) -> None:
         """Take a stream out of its slot or queue."""
-        self._leave_slot(request)
+        if request.turn.cache in self._slots.caches:
+            self._make_room(1)
+            try:
+                self._slots.release(request.turn.cache)
+            except Exception as error:  # no memory
+                self._finish(request, error)
+                return
         with self._changed:
-            for group in (self._active, self._queue, self._apart):
-                if request in group:
-                    group.remove(request)
+            self._remove(request)
             target.append(request)
             request.state = state
-        self._make_room()
+            self._changed.notify_all()
 
-    def _make_room(self) -> None:
-        """Put caches on disk, those first that get a slot last, until the others fit into memory."""
-        here = [r for r in (*self._active, *self._queue, *self._apart) if r.is_begun and r.id not in self._files]
-        for request in reversed(here[len(self._active) :]) if self._folder is not None else ():
-            if len(here) <= self._most_begun:
+    def _make_room(self, count: int) -> None:
+        """Put caches on disk, those first that get a slot last, until so many more fit into memory."""
+        for request in [*reversed(self._apart), *reversed(self._queue)] if self._folder is not None else ():
+            if self._apart_now() + count <= self._most_apart:
                 return
+            if not request.is_begun or request.id in self._files:
+                continue
             assert self._folder is not None
             path = self._folder / f"engine-{os.getpid()}-{id(self):x}-{request.id}.stream"
-            here.remove(request)
             try:
                 save_state(path, request.turn.cache)
-            except StreamLLMError as error:  # no space
+            except Exception as error:  # no space
                 self._finish(request, error)
                 continue
             request.turn.cache = self._new_cache()  # one that holds nothing
             self._files[request.id] = path
 
-    def _leave_slot(self, request: Request) -> None:
-        if request.turn.cache in self._slots.caches:
-            self._slots.release(request.turn.cache)
+    def _remove(self, request: Request) -> None:
+        """Out of whichever group it is in; called with the lock held."""
+        for group in (self._active, self._queue, self._apart):
+            if request in group:
+                group.remove(request)
 
     def _finish(self, request: Request, error: BaseException | None = None) -> None:
-        """End a stream, well or not."""
-        self._leave_slot(request)
-        path = self._files.pop(request.id, None)
-        if path is not None:
-            with contextlib.suppress(StreamLLMError):
-                request.turn.cache = load_state(path, self.model).cache
-            path.unlink(missing_ok=True)
+        """End a stream, well or not; raises nothing."""
+        try:
+            if request.turn.cache in self._slots.caches:
+                self._slots.release(request.turn.cache)
+            if request.id in self._files:
+                request.turn.cache = load_state(self._files[request.id], self.model).cache
+                self._files.pop(request.id).unlink(missing_ok=True)
+        except Exception as failed:  # no memory: the stream's own is given up, and its file, if any, stays
+            error = error or failed
+            if request.turn.cache in self._slots.caches:
+                self._slots.drop(request.turn.cache)
+        self._files.pop(request.id, None)
         self._pieces.pop(request.id, None)
         with self._changed:
-            for group in (self._active, self._queue, self._apart):
-                if request in group:
-                    group.remove(request)
+            self._remove(request)
             self._finished += error is None
             self._failed += error is not None
-            self._changed.notify_all()
-        request.end(error)
+        request.end(error)  # not with the lock held: see ``_wake``
+        self._wake()
 
     # ---- the work
 
@@ -383,24 +440,29 @@ class Engine:
             self._active.remove(request)
             self._active.append(request)
         turn, before, began = request.turn, request.turn.cache.tokens_seen, time.perf_counter()
+        request.tokens_in_slot += PIECE_STEPS
         try:
-            pieces = self._pieces.setdefault(request.id, turn.read())
+            if request.id not in self._pieces:
+                self._pieces[request.id] = turn.read()
             turn.width = self._width()
-            if next(pieces, self) is self:
+            is_last = next(self._pieces[request.id], self) is self
+            seconds = time.perf_counter() - began
+            if is_last:
                 self._begin(request)
         except Exception as error:
             self._finish(request, error)
             return True
         count = turn.cache.tokens_seen - before
         self._read += count
-        self._token_s = _lately(self._token_s, (time.perf_counter() - began) / max(count, 1))
+        if count and not is_last:
+            self._token_s = _lately(self._token_s, seconds / count)
         return True
 
     def _width(self) -> int:
         """Tokens of a prompt that take about as long as two steps of the others."""
         if not any(r.state == "decoding" for r in self._active) or not self._token_s:
             return PREFILL_CHUNK
-        return max(LEAST_PIECE, min(PREFILL_CHUNK, int(2 * self._step_s / self._token_s)))
+        return max(LEAST_PIECE, min(PREFILL_CHUNK, int(PIECE_STEPS * self._step_s / self._token_s)))
 
     def _begin(self, request: Request) -> None:
         """The prompt is read but for its end: draw the first token."""
@@ -445,13 +507,18 @@ class Engine:
                 found.append(None)
         return found
 
-    def _draw(self, requests: list[Request], rows: list[Tensor]) -> list[int | StreamLLMError]:
-        return draw(torch.stack(rows), [r.turn.sampler for r in requests]) if rows else []
+    def _draw(self, requests: list[Request], rows: list[Tensor]) -> Sequence[int | Exception]:
+        """An id for each stream, or why there is none."""
+        samplers = [r.turn.sampler for r in requests]
+        try:
+            return draw(torch.stack(rows), samplers) if rows else []
+        except Exception:  # no memory for all of them at once
+            return [_one(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
 
-    def _show(self, requests: list[Request], drawn: Sequence[int | StreamLLMError]) -> None:
+    def _show(self, requests: list[Request], drawn: Sequence[int | Exception]) -> None:
         """Hand each stream its token."""
         for request, token in zip(requests, drawn, strict=True):
-            if isinstance(token, StreamLLMError):
+            if isinstance(token, Exception):
                 self._finish(request, token)
                 continue
             try:
@@ -465,6 +532,14 @@ class Engine:
             request.push(chunk)
             if chunk.finish or is_enough:
                 self._finish(request)
+
+
+def _one(row: Tensor, sampler: Sampler) -> int | Exception:
+    """The draw of one stream, or why there is none."""
+    try:
+        return sampler(row)
+    except Exception as error:
+        return error
 
 
 def _lately(before: float, now: float) -> float:

@@ -7,6 +7,7 @@ still, and holds nobody up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -86,7 +87,11 @@ class Request:
                 loop = asyncio.get_running_loop()
                 sleeper: asyncio.Future[None] = loop.create_future()
                 self._sleepers.append((loop, sleeper))
-            await sleeper
+            try:
+                await sleeper
+            finally:
+                with self._changed:  # broken off, maybe: nothing may pile up
+                    self._sleepers = [pair for pair in self._sleepers if pair[1] is not sleeper]
         if chunk is None:
             raise StopAsyncIteration
         return chunk
@@ -132,9 +137,11 @@ class Request:
     def _pop(self) -> Chunk | None:
         """The next chunk; ``None`` at the end; called with the lock held."""
         if self._chunks:
-            if len(self._chunks) == BUFFER:
+            was_full = self.is_full
+            chunk = self._chunks.popleft()
+            if was_full:
                 self._wake()
-            return self._chunks.popleft()
+            return chunk
         if self.error is not None:
             raise self.error
         return None
@@ -143,7 +150,7 @@ class Request:
         """Wake whoever waits; called with the lock held."""
         self._changed.notify_all()
         for loop, sleeper in self._sleepers:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits
                 loop.call_soon_threadsafe(_settle, sleeper)
         self._sleepers.clear()
 

@@ -8,7 +8,6 @@ Shapes: ``n`` slots, ``C`` columns of each, and one more that takes what idle sl
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,8 +19,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from streamllm.cache import SinkCache
+from streamllm.compiled import compile_module
 from streamllm.errors import CacheError, ConfigError, StreamLLMWarning, UnsupportedModelError
 from streamllm.layer import SinkLayer
+from streamllm.quantize import kind_of
 from streamllm.quick_forms import QuickForms
 from streamllm.store import STORES, Store
 
@@ -70,6 +71,8 @@ class Slots:
         self._model, self._decoder = model, model.get_decoder()
         self._note = note or (lambda text: warnings.warn(text, StreamLLMWarning, stacklevel=5))
         self._stores: list[Pair] = []  # of each layer, [count, H, C + 1, D]
+        self._views: dict[int, list[list[Tensor]]] = {}
+        self._compiled: dict[int, Callable[..., Tensor] | None] = {}
         self._plain: _Step | None = None  # the step as it is; it holds the model, so it may not stand in _steps
         self._weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
 
@@ -118,9 +121,28 @@ class Slots:
             CacheError: it is in no slot.
         """
         slot = self._slot(cache)
-        for layer in _sink_layers(cache):
-            keys, values = (store.cut(_ALL, 0, layer.ledger.slots).clone() for store in layer.stores or ())
+        layers = _sink_layers(cache)
+        own = [[store.cut(_ALL, 0, layer.ledger.slots).clone() for store in layer.stores or ()] for layer in layers]
+        for layer, (keys, values) in zip(layers, own, strict=True):
             layer.stores = (keys, values)
+        self._vacate(slot)
+
+    def drop(self, cache: SinkCache) -> None:
+        """Free the slot of a stream that has no other memory; it begins anew when it is read again."""
+        slot = self._slot(cache)
+        cache.reset()
+        for layer in _sink_layers(cache):
+            layer.stores, layer.is_initialized = None, False
+        self._vacate(slot)
+
+    def prepare(self) -> None:
+        """Compile, or load, the step of every size, while a stream is in a slot; nothing to do if none is compiled."""
+        for size in range(1, len(self.caches) + 1):
+            if self.compiles and self._size(size) == size:
+                self._run(size)
+
+    def _vacate(self, slot: int) -> None:
+        """A slot is empty: the last stream takes it."""
         self.caches[slot] = None
         last = max((i for i, held in enumerate(self.caches) if held is not None), default=0)
         moved = self.caches[last]
@@ -149,13 +171,13 @@ class Slots:
             stream = ledger.rows[0]
             plan[place] = [token, stream.start, ledger.end, ledger.position(stream)]
         logits = self._run(len(plan))(torch.tensor(plan, device=self._model.device), self._tensors(len(plan)))
+        # All memory is had before the first token counts. A graph writes its results into the same place again.
+        found: Tensor = logits[places] if logits.is_cuda or places != list(range(len(plan))) else logits
         for cache in caches:
             for layer in _sink_layers(cache):
                 layer.last = layer.ledger.span
             cache.leave()
-        if places == list(range(len(plan))):
-            return logits.clone() if logits.is_cuda else logits  # a graph writes its results into the same place again
-        return logits[places]
+        return found
 
     # ---- inside
 
@@ -205,37 +227,64 @@ class Slots:
 
     def _tensors(self, count: int) -> list[list[Tensor]]:
         """The parts of the first ``count`` slots' stores, layer by layer: of keys, then of values."""
-        rows = slice(0, count)
-        return [[part[rows] for store in pair for part in store.parts().values()] for pair in self._stores]
+        if count not in self._views:
+            rows = slice(0, count)
+            views = [[part[rows] for store in pair for part in store.parts().values()] for pair in self._stores]
+            for part in (part for parts in views for part in parts if part.is_cuda):
+                torch._dynamo.mark_static_address(part)  # or there is no graph, as the step writes into it
+            self._views[count] = views
+        return self._views[count]
 
     def _run(self, count: int) -> Callable[..., Tensor]:
         """The step over ``count`` slots, compiled if it can be."""
         kind = type(self._stores[0][0])
-        if self.compiles:
-            key = (count, self.columns, kind, torch.get_num_threads(), self._weights)
-            known = _steps.setdefault(self._model, {})
-            if key not in known:
-                known[key] = self._compile(_Step(self._model, kind, is_compiled=True), count)
-            if found := known[key]:
-                return found
-            self.compiles = False
         if self._plain is None:
             self._plain = _Step(self._model, kind)
-        return self._plain
+        if self.compiles and count not in self._compiled:
+            self._compiled[count] = self._find(count, kind)
+        return self._compiled.get(count) or self._plain
 
-    def _compile(self, step: _Step, count: int) -> Callable[..., Tensor] | None:
-        from streamllm.compiled import compile_module
-
-        plan = torch.zeros((count, 4), dtype=torch.long, device=self._model.device)
+    def _find(self, count: int, kind: type[Store]) -> Callable[..., Tensor] | None:
+        """The compiled step over ``count`` slots, known or made now; ``None``, and a note, if it cannot be."""
+        key = (count, self.columns, kind, torch.get_num_threads(), self._weights)
+        known = _steps.setdefault(self._model, {})
+        for other in [other for other in known if other[-1] != self._weights or len(known) > KNOWN]:
+            del known[other]
+        if key in known and (known[key] is None or self._agrees(known[key], count)):
+            return known[key]
+        known[key] = None  # whatever happens now, it is not tried again
+        step = _Step(self._model, kind, is_compiled=True)
         try:
-            return compile_module(step, (plan, self._tensors(count)))
+            for anew in (False, True):
+                found = compile_module(step, (self._idle(count), self._tensors(count)), anew=anew)
+                if self._agrees(found, count):
+                    known[key] = found
+                    return found
+            reason = "it gives other numbers than the model itself"
         except Exception as error:  # no compiler, no headers, no support: many kinds
-            self._note(
-                f"Decoding is not compiled, which is slower: {type(error).__name__}, {str(error)[:100].strip()}; is a "
-                "C++ compiler there?"
-            )
-            return None
+            reason = f"{type(error).__name__}, {str(error)[:100].strip()}; is a C++ compiler there?"
+        self._note(f"Decoding is not compiled, which is slower: {reason}")
+        return None
 
+    def _idle(self, count: int) -> Tensor:
+        """The plan of slots that read nothing: they write into the spare column."""
+        plan = torch.zeros((count, 4), dtype=torch.long, device=self._model.device)
+        plan[:, 1:3] = self.columns
+        return plan
+
+    def _agrees(self, step: Callable[..., Tensor] | None, count: int) -> bool:
+        """Whether a compiled step still computes what the model does: hooks or adapters may have come or gone."""
+        assert step is not None
+        assert self._plain is not None
+        plan, tensors = self._idle(count), self._tensors(count)
+        want, found = self._plain(plan, tensors), step(plan, tensors)
+        # Packed weights are multiplied in bf16, and where the compiler rounds to it is its own matter.
+        dtype = want.dtype if kind_of(self._model) == "none" else torch.bfloat16
+        return bool((found - want).abs().max() <= want.abs().max() * torch.finfo(dtype).eps ** 0.5)
+
+
+KNOWN = 16
+"""Compiled steps that are kept for each model; others are loaded again from disk."""
 
 _ALL = slice(None)
 
@@ -259,7 +308,7 @@ class _Step(nn.Module):
     def __init__(self, model: PreTrainedModel, kind: type[Store], *, is_compiled: bool = False) -> None:
         super().__init__()
         self.model, self.kind, self.is_compiled = model, kind, is_compiled
-        self.eval()
+        self.training = False  # of this module alone: the model's own mode is its owner's
 
     def forward(self, plan: Tensor, stores: list[list[Tensor]]) -> Tensor:
         """``plan`` [n, 4]: id, first column, column of the id, position; logits [n, V]."""
@@ -269,8 +318,7 @@ class _Step(nn.Module):
         dtype = self.model.dtype
         mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
         view = _View([_View.layer(self.kind, parts, column) for parts in stores])
-        # Only a compiler makes loops of those forms; as they are, they are slower than torch's own.
-        with QuickForms(loops=True) if self.is_compiled else contextlib.nullcontext():
+        with QuickForms(loops=self.is_compiled):
             found = self.model(
                 input_ids=ids[:, None],
                 position_ids=position[:, None],
