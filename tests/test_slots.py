@@ -77,7 +77,7 @@ def test_steps_give_the_logits_of_the_usual_forward_or_say_why_not(
 
     What is compiled takes other forms for a few rows; here it is run without a compiler.
     """
-    monkeypatch.setattr(compiled, "compile_module", lambda module, args: module)
+    monkeypatch.setattr(slots, "compile_module", lambda module, args, anew: module)
     monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
     model, ids = make(family.name), draw(70)
     cache, alone = begun(model, ids[:10]), begun(model, ids[:10])
@@ -704,7 +704,7 @@ def test_without_a_compiler_there_is_one_note_and_the_right_logits(
         "Decoding is not compiled, which is slower: FileNotFoundError, g++ was not found; is a C++ compiler there?"
     ]
     monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
-    with pytest.warns(UserWarning, match="decoding is not compiled"):
+    with pytest.warns(UserWarning, match="Decoding is not compiled"):
         together(model, [4], 2, Slots(model, 4, CAPACITY, compiles=True))
 
 
@@ -714,11 +714,11 @@ def test_steps_are_compiled_for_powers_of_two_and_for_all_slots(
     """Reference: by hand; six streams that come and go need four steps, however often they do."""
     sizes: list[int] = []
 
-    def record(module: nn.Module, args: tuple[Tensor, Any]) -> nn.Module:
+    def record(module: nn.Module, args: tuple[Tensor, Any], *, anew: bool) -> nn.Module:
         sizes.append(len(args[0]))
         return module
 
-    monkeypatch.setattr(compiled, "compile_module", record)
+    monkeypatch.setattr(slots, "compile_module", record)
     monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
     for _ in range(2):
         side = Slots(model, 6, CAPACITY, compiles=True)
@@ -727,6 +727,37 @@ def test_steps_are_compiled_for_powers_of_two_and_for_all_slots(
             held = [cache for cache in side.caches if cache]
             assert side.step(held, [5] * len(held)).shape == (len(held), VOCAB)
     assert sizes == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize("mends", [True, False])
+def test_a_compiled_step_that_does_not_compute_what_the_model_does_is_not_used(
+    mends: bool, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook was added since it was compiled, say. Reference: the usual forward; it is compiled anew, once."""
+    asked: list[bool] = []
+
+    def stale(module: nn.Module, args: Any, *, anew: bool) -> Any:
+        asked.append(anew)
+        return module if anew and mends else lambda *args: module(*args) * 1.01
+
+    monkeypatch.setattr(slots, "compile_module", stale)
+    monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
+    notes: list[str] = []
+    found, want = together(model, [10], 5, Slots(model, 1, CAPACITY, compiles=True, note=notes.append))
+    check_close(found, want)
+    assert asked == [False, True]
+    assert (
+        [note.partition(": ")[2] for note in notes] == [] if mends else ["it gives other numbers than the model itself"]
+    )
+
+
+def test_code_that_others_could_have_written_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the permissions."""
+    monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))
+    tmp_path.chmod(0o777)
+    with pytest.raises(PermissionError, match="can be written by others"):
+        compiled.compile_module(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_folder_of_compiled_modules_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -741,15 +772,17 @@ def test_the_folder_of_compiled_modules_has_a_bound(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", package)
     broken = False
-    paths = [tmp_path / f"{number}.pt2" for number in range(6)]
+    foreign = tmp_path / "somebody's model.pt2"
+    foreign.write_bytes(b"not ours")
+    paths = [tmp_path / f"{number:032x}.pt2" for number in range(6)]
     for age, path in enumerate(paths):
         compiled._compile(nn.Linear(2, 2), (torch.zeros(1, 2),), path)
         assert path.read_bytes() == b"code"
         for young, other in enumerate(paths[: age + 1]):
             if other.exists():
                 compiled.os.utime(other, (young, 1000 + (young if young != 1 else 100)))  # number 1 was used lately
-    assert sorted(tmp_path.iterdir()) == [paths[1], paths[4], paths[5]]
+    assert sorted(tmp_path.iterdir()) == [paths[1], paths[4], paths[5], foreign]
     broken = True
     with pytest.raises(RuntimeError, match="no compiler"):
         compiled._compile(nn.Linear(2, 2), (torch.zeros(1, 2),), tmp_path / "7.pt2")
-    assert sorted(tmp_path.iterdir()) == [paths[1], paths[4], paths[5]]
+    assert sorted(tmp_path.iterdir()) == [paths[1], paths[4], paths[5], foreign]

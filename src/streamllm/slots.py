@@ -135,6 +135,7 @@ class Slots:
             layer.stores, layer.is_initialized = None, False
         self._vacate(slot)
 
+    @torch.no_grad()
     def prepare(self) -> None:
         """Compile, or load, the step of every size, while a stream is in a slot; nothing to do if none is compiled."""
         for size in range(1, len(self.caches) + 1):
@@ -279,7 +280,9 @@ class Slots:
         plan, tensors = self._idle(count), self._tensors(count)
         want, found = self._plain(plan, tensors), step(plan, tensors)
         # Packed weights are multiplied in bf16, and where the compiler rounds to it is its own matter.
-        dtype = want.dtype if kind_of(self._model) == "none" else torch.bfloat16
+        # And positions are turned into angles in float32, whatever the dtype.
+        coarse = torch.float32 if kind_of(self._model) == "none" else torch.bfloat16
+        dtype = max(want.dtype, coarse, key=lambda dtype: torch.finfo(dtype).eps)
         return bool((found - want).abs().max() <= want.abs().max() * torch.finfo(dtype).eps ** 0.5)
 
 
