@@ -63,7 +63,10 @@ def compile_module(module: nn.Module, args: tuple[Any, ...], *, anew: bool = Fal
         **dict(module.named_buffers(remove_duplicate=False)),
     }
     # Detached: a parameter can be given other memory, by model.to() for one, and this would be freed under the code.
-    constants = {name: weights[name].detach() for name in loaded.get_constant_fqns()}
+    names = loaded.get_constant_fqns()
+    if strange := [name for name in names if name not in weights]:  # the file holds no numbers at all
+        raise NotImplementedError(f"the compiler has made {min(strange)}, which is no weight")
+    constants = {name: weights[name].detach() for name in names}
     loaded.load_constants(constants, check_full_update=True, user_managed=True)
 
     def run(*args: Any) -> Any:

@@ -1,7 +1,7 @@
 """Many streams in one process: slots, one decode step for all of them, and a queue that is fair.
 
 One thread does all the work, in turns: streams come in and go out, one of those that still read reads a piece, all
-that generate get one token. A piece is cut so that it takes about as long as two steps, so a long prompt does not
+that generate get one token. A piece is cut so that it takes about as long as four steps, so a long prompt does not
 stall the others, and the others do not stall its first token. When more streams than slots are there, each keeps its
 slot for a number of tokens and then goes to the end of the queue; its cache, of constant size, waits in memory or on
 disk. Nothing here grows with the length of a stream or the number of streams that were served.
@@ -34,7 +34,7 @@ from streamllm.sampling import Sampler, draw
 from streamllm.slots import Slots, why_not
 from streamllm.state import load_state, save_state
 
-PIECE_STEPS = 2
+PIECE_STEPS = 4
 """Steps of the others that a piece of a prompt takes as long as, about; it counts as so many tokens of its share."""
 
 LEAST_PIECE = 16
@@ -459,7 +459,7 @@ class Engine:
         return True
 
     def _width(self) -> int:
-        """Tokens of a prompt that take about as long as two steps of the others."""
+        """Tokens of a prompt that take about as long as ``PIECE_STEPS`` steps of the others."""
         if not any(r.state == "decoding" for r in self._active) or not self._token_s:
             return PREFILL_CHUNK
         return max(LEAST_PIECE, min(PREFILL_CHUNK, int(PIECE_STEPS * self._step_s / self._token_s)))
