@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Compiled steps of tests do not belong into the user's cache; a folder that goes with the run.
+_COMPILED = tempfile.TemporaryDirectory(prefix="streamllm-tests-")
+os.environ["STREAMLLM_COMPILED"] = _COMPILED.name
 
 import torch
 import transformers

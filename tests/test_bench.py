@@ -122,7 +122,10 @@ def test_a_trial_measures_each_method_at_each_window(tmp_path: Path) -> None:
         "compiled / dense, ms per token, window 160",
         "compiled, share of the floor, window 160",
         "evictions and restarts, block 64",
+        "first token beside 7 streams / alone",
     ]
+    assert figures["delay"]["others"] == 7
+    assert 0 < figures["loop"]["share"] < 1
     for title in ("decoding; this machine reads", "reading a prompt", "the window alone", "targets"):
         assert title in shown
 
@@ -231,7 +234,7 @@ def test_a_shift_turns_all_keys_and_changes_nothing_else(subject: Subject) -> No
             want = subject.model(ids[:, first : first + 1], past_key_values=plain).logits[:, -1]
             torch.testing.assert_close(shift.read(ids[:, first : first + 1]), want, rtol=1e-4, atol=1e-5)
             assert shift.cache.tokens_cached == plain.tokens_cached
-    keys, untouched = (cache.layers[1].keys[:, :, 4:20] for cache in (shift.cache, plain))
+    keys, untouched = (cache.layers[1].stores[0].data[:, :, 4:20] for cache in (shift.cache, plain))
     assert not torch.allclose(keys, untouched, atol=1e-3)
 
 
