@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -18,8 +19,7 @@ import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Compiled steps of tests do not belong into the user's cache; a folder that goes with the run.
-_COMPILED = tempfile.TemporaryDirectory(prefix="streamllm-tests-")
-os.environ["STREAMLLM_COMPILED"] = _COMPILED.name
+os.environ["STREAMLLM_COMPILED"] = tempfile.mkdtemp(prefix="streamllm-tests-")
 
 import torch
 import transformers
@@ -48,6 +48,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="write what the law tests of this run found about each family to PATH, as a Markdown table",
     )
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["STREAMLLM_COMPILED"], ignore_errors=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
