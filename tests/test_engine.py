@@ -92,7 +92,7 @@ def test_streams_that_memory_has_no_room_for_wait_on_disk(
 
         def watch(step: Any = engine._step) -> bool:
             nonlocal most
-            most = max(most, engine._apart_now())
+            most = max(most, engine._places.in_memory())
             return bool(step())
 
         monkeypatch.setattr(engine, "_step", watch)
@@ -122,7 +122,7 @@ def test_a_disk_that_is_full_ends_one_stream(loaded, tmp_path: Path, monkeypatch
     def refuse(*_: Any, **__: Any) -> None:
         raise StreamLLMError("No space is left.")
 
-    monkeypatch.setattr("streamllm.engine.save_state", refuse)
+    monkeypatch.setattr("streamllm.places.save_state", refuse)
     size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
     with Engine(*loaded, slots=1, config=CONFIG, memory=2 * size, folder=tmp_path, quantum=5) as engine:
         requests = [engine.submit(PROMPTS[0], max_tokens=40, on_end="pass") for _ in range(4)]
@@ -366,7 +366,7 @@ def test_streams_on_disk_can_be_cancelled_and_outlive_the_engine(loaded, tmp_pat
     with Engine(*loaded, slots=1, config=CONFIG, memory=2 * size, folder=tmp_path, quantum=4) as engine:
         requests = [engine.submit(PROMPTS[0], on_end="pass") for _ in range(5)]
         wait_until(lambda: engine.stats().on_disk >= 3)
-        victim = next(r for r in requests if r.id in engine._files)
+        victim = next(r for r in requests if r.id in engine._places.files)
         victim.cancel()
         wait_until(lambda: victim.state == "done")
         got = ids(victim)

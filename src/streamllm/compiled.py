@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from streamllm.atomic import replacing
+from streamllm.errors import UnsupportedModelError
 
 MOST_SIZES = 64
 """Steps of other shapes that one process may compile on an accelerator."""
@@ -46,6 +47,7 @@ def compile_module(module: nn.Module, args: tuple[Any, ...], *, anew: bool = Fal
     what was compiled before.
 
     Raises:
+        UnsupportedModelError: the code would hold numbers that are no weights; the file has room for code alone.
         Exception: many kinds: no C++ compiler, no headers, an operation that cannot be exported.
     """
     if next(module.parameters()).device.type != "cpu":
@@ -65,7 +67,7 @@ def compile_module(module: nn.Module, args: tuple[Any, ...], *, anew: bool = Fal
     # Detached: a parameter can be given other memory, by model.to() for one, and this would be freed under the code.
     names = loaded.get_constant_fqns()
     if strange := [name for name in names if name not in weights]:  # the file holds no numbers at all
-        raise NotImplementedError(f"the compiler has made {min(strange)}, which is no weight")
+        raise UnsupportedModelError(f"the compiler has made {min(strange)}, which is no weight of the model")
     constants = {name: weights[name].detach() for name in names}
     loaded.load_constants(constants, check_full_update=True, user_managed=True)
 
@@ -104,7 +106,7 @@ def _compile(module: nn.Module, args: tuple[Any, ...], path: Path) -> None:
         exported = torch.export.export(module, args, strict=False)
         strange = set(exported.constants) - {name for name, _ in module.named_buffers(remove_duplicate=False)}
         if strange:
-            raise NotImplementedError(f"{min(strange)} is a constant of its own")
+            raise UnsupportedModelError(f"the step has {min(strange)}, which is no weight of the model")
         with replacing(path) as temporary:
             package = temporary.with_suffix(".pt2")
             config = dict(_CONFIG)  # the compiler writes into what it is given, and the digest must stay as it is
@@ -179,6 +181,5 @@ def _sources() -> str:
     names = ("compiled.py", "slots.py", "quick_forms.py", "store.py", "zero_sink.py", "quantize.py")
     found = hashlib.sha256()
     for name in names:
-        file = here / name
-        found.update(file.read_bytes() if file.is_file() else b"")
+        found.update((here / name).read_bytes())
     return found.hexdigest()

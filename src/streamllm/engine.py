@@ -10,14 +10,10 @@ disk. Nothing here grows with the length of a stream or the number of streams th
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,43 +25,17 @@ from streamllm.detokenize import Decoder
 from streamllm.errors import BusyError, ConfigError, InputError
 from streamllm.loop import Chunk, Turn
 from streamllm.models import free_bytes
+from streamllm.places import Places
 from streamllm.request import Request
 from streamllm.sampling import Sampler, draw
 from streamllm.slots import Slots, why_not
-from streamllm.state import load_state, save_state
+from streamllm.stats import EngineStats
 
 PIECE_STEPS = 4
 """Steps of the others that a piece of a prompt takes as long as, about; it counts as so many tokens of its share."""
 
 LEAST_PIECE = 16
 """Tokens of a prompt that are read at once at least, however slow that is."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine is doing.
-
-    Args:
-        running: streams in slots.
-        waiting: streams that want one.
-        suspended: streams that do not.
-        on_disk: streams whose cache is on disk.
-        slots: how many there are.
-        bytes_per_stream: of a full cache.
-        tokens_read, tokens_generated: since the engine began, over all streams.
-        finished, failed: streams since the engine began.
-    """
-
-    running: int
-    waiting: int
-    suspended: int
-    on_disk: int
-    slots: int
-    bytes_per_stream: int
-    tokens_read: int
-    tokens_generated: int
-    finished: int
-    failed: int
 
 
 class Engine:
@@ -77,7 +47,8 @@ class Engine:
         config: of every stream's cache that is not brought along.
         columns: most tokens that a stream may cache; ``None``: what ``config`` needs. More is needed for streams that
             pin a longer head.
-        compile: compile the decode step; each number of streams (1, 2, 4, ..) is compiled when it first occurs.
+        compile: compile the decode step, for 1, 2, 4, .. streams, before the first comes: up to a minute each the first
+            time, and a second from then on.
         memory: bytes for all caches, those of the slots and those of streams that read their prompt or wait;
             ``None``: four fifths of what is free now. Fewer slots than asked for are made if need be.
         folder: where caches go that memory has no room for; ``None``: such streams wait until others are done.
@@ -121,24 +92,27 @@ class Engine:
                 f"{memory:,} are there: choose a smaller window, kv_dtype='int8', or give more memory."
             )
         self._spec = probe.spec
-        self._has_slots = why_not(probe) is None
-        self._count = min(slots, fits - 1)
-        self._most_apart = fits - self._count  # caches in memory that are not in slots
-        self._slots = Slots(model, self._count, self.columns, compiles=compile, note=note)
-        if compile and self._has_slots:
-            self._prepare()
-        self._folder = None if folder is None else Path(folder)
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        self._most, self._quantum = self._count + waiting, quantum
-        self._queue: deque[Request] = deque()  # wants a slot
-        self._active: list[Request] = []  # has one, or reads its prompt to go into it
-        self._apart: list[Request] = []  # suspended
-        self._pieces: dict[int, Iterator[None]] = {}
-        self._files: dict[int, Path] = {}
+        count = min(slots, fits - 1)
+        self._most = count + waiting
+        self._slots = None
+        if why_not(probe) is None:
+            self._slots = Slots(model, count, self.columns, compiles=compile, note=note)
+            self._prepare(self._slots)
+        self._changed = threading.Condition()
+        self._places = Places(
+            model,
+            self._slots,
+            count,
+            fits - count,
+            None if folder is None else Path(folder),
+            quantum,
+            self._changed,
+            self._new_cache,
+            self._finish,
+        )
+        self._pieces: dict[int, Iterator[None]] = {}  # of the prompts that are being read
         self._submitted = self._finished = self._failed = self._read = self._generated = 0
         self._step_s = self._token_s = 0.0  # what a step and one token of a prompt have taken lately
-        self._changed = threading.Condition()
         self._is_closing = self._is_draining = False
         self._thread = threading.Thread(target=self._work, name="streamllm-engine", daemon=True)
         self._thread.start()
@@ -193,28 +167,28 @@ class Engine:
         with self._changed:
             if self._is_closing or self._is_draining:
                 raise BusyError("The engine is closing and takes no more streams.")
-            if any(request.turn.cache is turn.cache for request in self._all()):
+            here = self._places.all()
+            if any(request.turn.cache is turn.cache for request in here):
                 raise BusyError("This cache belongs to a stream of the engine that is not done: wait for its end.")
-            if len(self._queue) + len(self._active) + len(self._apart) >= self._most:
+            if len(here) >= self._most:
                 raise BusyError(
-                    f"{self._most} streams are here already, {self._count} of them in slots: wait until one is done, "
-                    "or make the engine with more slots or a longer queue."
+                    f"{self._most} streams are here already, {self._places.count} of them in slots: wait until one is "
+                    "done, or make the engine with more slots or a longer queue."
                 )
             self._submitted += 1
             request = Request(self._submitted, turn, stop_when, self._wake)
-            self._queue.append(request)
-            self._changed.notify_all()
+            self._places.add(request)
         return request
 
     def stats(self) -> EngineStats:
         """What the engine is doing now."""
         with self._changed:
             return EngineStats(
-                running=len(self._active),
-                waiting=len(self._queue),
-                suspended=len(self._apart),
-                on_disk=len(self._files),
-                slots=self._count,
+                running=len(self._places.active),
+                waiting=len(self._places.queue),
+                suspended=len(self._places.apart),
+                on_disk=len(self._places.files),
+                slots=self._places.count,
                 bytes_per_stream=self.bytes_per_stream,
                 tokens_read=self._read,
                 tokens_generated=self._generated,
@@ -229,7 +203,7 @@ class Engine:
         """
         with self._changed:
             self._is_draining = True
-            return self._changed.wait_for(lambda: not self._queue and not self._active, timeout)
+            return self._changed.wait_for(lambda: not self._places.queue and not self._places.active, timeout)
 
     def close(self) -> None:
         """End what is left, and stop the thread. A stream that is on disk stays there: its error says where."""
@@ -249,14 +223,16 @@ class Engine:
         known = getattr(self, "_spec", self.model)  # the model is looked at once
         return SinkCache(known, config.sinks, config.window, config.block, 1, config.reread, config.kv_dtype)
 
-    def _prepare(self) -> None:
+    def _prepare(self, slots: Slots) -> None:
         """Compile for all numbers of streams before the first comes, not in the middle of others."""
+        if not slots.compiles:
+            return
         cache = self._new_cache()
         with torch.no_grad():
             self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.model.device), past_key_values=cache)
-        self._slots.take(cache)
-        self._slots.prepare()
-        self._slots.drop(cache)
+        slots.take(cache)
+        slots.prepare()
+        slots.drop(cache)
 
     # ---- the thread
 
@@ -276,25 +252,19 @@ class Engine:
             error = unforeseen
         with self._changed:
             self._is_closing = True
-            left = self._all()
-        for request in left:
-            path = self._files.pop(request.id, None)
+        for request in self._places.all():
+            path = self._places.files.pop(request.id, None)
             closed = BusyError("The engine was closed." + ("" if path is None else f" The stream is in {path}."))
             self._finish(request, error or (None if request.is_cancelled and path is None else closed))
-
-    def _all(self) -> list[Request]:
-        """All streams that are not done."""
-        with self._changed:
-            return [*self._active, *self._queue, *self._apart]
 
     def _has_work(self) -> bool:
         """Whether anything can be done now; called with the lock held."""
         return (
             self._is_closing
-            or any(r.is_cancelled or r.is_suspended or not r.is_full for r in self._active)
-            or any(r.is_cancelled or not r.is_suspended for r in self._apart)
-            or any(r.is_cancelled or r.is_suspended for r in self._queue)
-            or self._next() is not None
+            or any(r.is_cancelled or r.is_suspended or not r.is_full for r in self._places.active)
+            or any(r.is_cancelled or not r.is_suspended for r in self._places.apart)
+            or any(r.is_cancelled or r.is_suspended for r in self._places.queue)
+            or self._places.next() is not None
         )
 
     def _wake(self) -> None:
@@ -302,127 +272,30 @@ class Engine:
         with self._changed:
             self._changed.notify_all()
 
-    # ---- who is where
-
     def _come_and_go(self) -> None:
         """Let streams out that were cancelled, suspended or had their share, and others in."""
-        for request in self._all():
+        places = self._places
+        for request in places.all():
             if request.state == "done":  # its cache could not be put on disk to make room
                 continue
             if request.is_cancelled:
                 self._finish(request)
             elif request.is_suspended and request.state != "suspended":
-                self._move(request, self._apart, "suspended")
+                places.move(request, places.apart, "suspended")
             elif not request.is_suspended and request.state == "suspended":
-                self._move(request, self._queue, "waiting")
-        while (chosen := self._next()) is not None:
-            if len(self._active) == self._count and (victim := self._victim()) is not None:
-                self._move(victim, self._queue, "waiting")
-            if chosen.state == "done":
-                continue
+                places.move(request, places.queue, "waiting")
+        while (chosen := places.next()) is not None:
             try:
-                self._enter(chosen)
+                places.enter(chosen)
             except Exception as error:
                 self._finish(chosen, error)
 
-    def _next(self) -> Request | None:
-        """Who gets a slot next: the first in the queue that can go on, and for whose cache there is room."""
-        with self._changed:
-            is_crowded = len(self._active) == self._count
-            if is_crowded and self._victim() is None:
-                return None
-            for request in self._queue:
-                needed = is_crowded + self._needs_room(request)
-                if not request.is_full and (self._folder is not None or self._apart_now() + needed <= self._most_apart):
-                    return request
-            return None
-
-    def _victim(self) -> Request | None:
-        """Whose turn it is to leave for others: nobody reads it, or it has had its share."""
-        stuck = [r for r in self._active if r.is_full]
-        done = [r for r in self._active if r.tokens_in_slot >= self._quantum]
-        return next(iter(stuck or sorted(done, key=lambda r: -r.tokens_in_slot)), None)
-
-    def _needs_room(self, request: Request) -> bool:
-        """Whether a stream's cache takes memory beside the slots when it enters, and did not before."""
-        return not request.is_begun or request.id in self._files
-
-    def _apart_now(self) -> int:
-        """Caches in memory that are not in slots."""
-        return sum(
-            r.is_begun and r.id not in self._files and r.turn.cache not in self._slots.caches for r in self._all()
-        )
-
-    def _enter(self, request: Request) -> None:
-        """Give a stream a slot, or let it read its prompt to get there."""
-        with self._changed:
-            self._queue.remove(request)
-            self._active.append(request)
-            request.tokens_in_slot = 0
-            request.state = "decoding" if request.turn.drawn else "reading"
-        if self._needs_room(request):
-            self._make_room(1)
-        if request.id in self._files:
-            request.turn.cache = load_state(self._files[request.id], self.model).cache
-            self._files.pop(request.id).unlink(missing_ok=True)
-        request.is_begun = True
-        if request.state == "decoding" and self._has_slots:
-            self._slots.take(request.turn.cache)
-
-    def _move(self, request: Request, target: Any, state: Any) -> None:
-        """Take a stream out of its slot or queue."""
-        if request.turn.cache in self._slots.caches:
-            self._make_room(1)
-            try:
-                self._slots.release(request.turn.cache)
-            except Exception as error:  # no memory
-                self._finish(request, error)
-                return
-        with self._changed:
-            self._remove(request)
-            target.append(request)
-            request.state = state
-            self._changed.notify_all()
-
-    def _make_room(self, count: int) -> None:
-        """Put caches on disk, those first that get a slot last, until so many more fit into memory."""
-        for request in [*reversed(self._apart), *reversed(self._queue)] if self._folder is not None else ():
-            if self._apart_now() + count <= self._most_apart:
-                return
-            if not request.is_begun or request.id in self._files:
-                continue
-            assert self._folder is not None
-            path = self._folder / f"engine-{os.getpid()}-{id(self):x}-{request.id}.stream"
-            try:
-                save_state(path, request.turn.cache)
-            except Exception as error:  # no space
-                self._finish(request, error)
-                continue
-            request.turn.cache = self._new_cache()  # one that holds nothing
-            self._files[request.id] = path
-
-    def _remove(self, request: Request) -> None:
-        """Out of whichever group it is in; called with the lock held."""
-        for group in (self._active, self._queue, self._apart):
-            if request in group:
-                group.remove(request)
-
     def _finish(self, request: Request, error: BaseException | None = None) -> None:
         """End a stream, well or not; raises nothing."""
-        try:
-            if request.turn.cache in self._slots.caches:
-                self._slots.release(request.turn.cache)
-            if request.id in self._files:
-                request.turn.cache = load_state(self._files[request.id], self.model).cache
-                self._files.pop(request.id).unlink(missing_ok=True)
-        except Exception as failed:  # no memory: the stream's own is given up, and its file, if any, stays
-            error = error or failed
-            if request.turn.cache in self._slots.caches:
-                self._slots.drop(request.turn.cache)
-        self._files.pop(request.id, None)
+        failed = self._places.leave(request)
+        error = error or failed
         self._pieces.pop(request.id, None)
         with self._changed:
-            self._remove(request)
             self._finished += error is None
             self._failed += error is not None
         request.end(error)  # not with the lock held: see ``_wake``
@@ -432,13 +305,11 @@ class Engine:
 
     def _read_a_piece(self) -> bool:
         """Let the stream that has read least lately read a piece of its prompt; whether there was one."""
-        reading = [r for r in self._active if r.state == "reading"]
+        reading = [r for r in self._places.active if r.state == "reading"]
         if not reading:
             return False
         request = reading[0]
-        with self._changed:  # the next piece is another's
-            self._active.remove(request)
-            self._active.append(request)
+        self._places.rotate(request)  # the next piece is another's
         turn, before, began = request.turn, request.turn.cache.tokens_seen, time.perf_counter()
         request.tokens_in_slot += PIECE_STEPS
         try:
@@ -460,7 +331,7 @@ class Engine:
 
     def _width(self) -> int:
         """Tokens of a prompt that take about as long as ``PIECE_STEPS`` steps of the others."""
-        if not any(r.state == "decoding" for r in self._active) or not self._token_s:
+        if not any(r.state == "decoding" for r in self._places.active) or not self._token_s:
             return PREFILL_CHUNK
         return max(LEAST_PIECE, min(PREFILL_CHUNK, int(PIECE_STEPS * self._step_s / self._token_s)))
 
@@ -474,13 +345,12 @@ class Engine:
             return
         logits = turn.first_logits()
         request.state = "decoding"
-        if self._has_slots:
-            self._slots.take(turn.cache)
+        self._places.settle(request)
         self._show([request], [turn.sampler(logits)])
 
     def _step(self) -> bool:
         """One token for every stream that generates; whether there was one."""
-        ready = [r for r in self._active if r.state == "decoding" and not r.is_full]
+        ready = [r for r in self._places.active if r.state == "decoding" and not r.is_full]
         if not ready:
             return False
         began = time.perf_counter()
@@ -494,7 +364,7 @@ class Engine:
     def _forward(self, ready: list[Request]) -> Sequence[Tensor | None]:
         """The logits [V] of each; ``None`` for one that has failed and is finished."""
         caches = [r.turn.cache for r in ready]
-        if self._has_slots:
+        if self._slots is not None:
             # If that fails, out of memory or else: whose fault it is, each one by itself tells, and needs less.
             with contextlib.suppress(Exception):
                 return list(self._slots.step(caches, [cache.unread[-1] for cache in caches]))

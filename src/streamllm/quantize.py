@@ -9,6 +9,8 @@ Nothing here knows about a cache or a stream. Shapes: ``N`` outputs, ``K`` input
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -29,7 +31,7 @@ MANY_ROWS = 64
 """Rows from which on it is faster to widen the weights of eight bits once, and to multiply in bf16."""
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Module, ABC):
     """A linear layer whose weight is packed; a kind of it says how."""
 
     def __init__(self, bias: Tensor | None) -> None:
@@ -42,9 +44,9 @@ class PackedLinear(nn.Module):
         found = found.view(*x.shape[:-1], found.shape[-1])
         return found if self.bias is None else found + self.bias
 
+    @abstractmethod
     def multiply(self, rows: Tensor) -> Tensor:
         """``rows`` [R, K] times the weight: [R, N], both in bf16."""
-        raise NotImplementedError
 
 
 class Int8Linear(PackedLinear):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from streamllm.cache import SinkCache
 from streamllm.compiled import compile_module
-from streamllm.errors import CacheError, ConfigError, StreamLLMWarning, UnsupportedModelError
+from streamllm.errors import CacheError, ConfigError, StreamLLMError, StreamLLMWarning, UnsupportedModelError
 from streamllm.layer import SinkLayer
 from streamllm.quantize import kind_of
 from streamllm.quick_forms import QuickForms
@@ -163,9 +163,8 @@ class Slots:
         if len({id(cache) for cache in caches}) < len(caches):
             raise CacheError("A step reads one token of each stream, you named one twice.")
         places = [self._place_of(cache) for cache in caches]
-        plan = [[0] * 4 for _ in range(self._size(max(places) + 1))]  # id, first column, column of the id, position
-        for line in plan:
-            line[1] = line[2] = self.columns
+        # Id, first column, column of the id, position; idle slots write into the spare column.
+        plan = [[0, self.columns, self.columns, 0] for _ in range(self._size(max(places) + 1))]
         for cache, place, token in zip(caches, places, ids, strict=True):
             cache.enter(self._decoder, torch.tensor([[token]]), None, [True], are_ids=True)
             ledger = _sink_layers(cache)[0].ledger
@@ -262,6 +261,8 @@ class Slots:
                     known[key] = found
                     return found
             reason = "it gives other numbers than the model itself"
+        except StreamLLMError as error:
+            reason = str(error)
         except Exception as error:  # no compiler, no headers, no support: many kinds
             reason = f"{type(error).__name__}, {str(error)[:100].strip()}; is a C++ compiler there?"
         self._note(f"Decoding is not compiled, which is slower: {reason}")
@@ -297,7 +298,8 @@ _steps: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Callable[..., T
 
 
 def _sink_layers(cache: SinkCache) -> list[SinkLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, SinkLayer)]
+    """The layers of a stream that ``why_not`` has nothing against: all of them."""
+    return cast("list[SinkLayer]", cache.layers)
 
 
 def _is_at(layer: SinkLayer, pair: Pair, slot: int) -> bool:

@@ -1,7 +1,8 @@
 """What a stream has cost: tokens seen, kept and evicted, bytes, and seconds.
 
-``Stats`` is the record that every surface shows; ``Meter`` measures it. Nothing here knows about torch: whoever owns
-the cache passes its counts in. A meter keeps a handful of numbers however long the stream is.
+``Stats`` is the record that every surface shows; ``Meter`` measures it. ``EngineStats`` is that of many streams.
+Nothing here knows about torch: whoever owns the cache passes its counts in. A meter keeps a handful of numbers however
+long the stream is.
 """
 
 from __future__ import annotations
@@ -61,6 +62,33 @@ class Stats:
         if self.decode_tokens_per_s > 0:
             parts.append(f"{_speed(self.decode_tokens_per_s)} tok/s")
         return " · ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine is doing.
+
+    Args:
+        running: streams in slots.
+        waiting: streams that want one.
+        suspended: streams that do not.
+        on_disk: streams whose cache is on disk.
+        slots: how many there are.
+        bytes_per_stream: of a full cache.
+        tokens_read, tokens_generated: since the engine began, over all streams.
+        finished, failed: streams since the engine began.
+    """
+
+    running: int
+    waiting: int
+    suspended: int
+    on_disk: int
+    slots: int
+    bytes_per_stream: int
+    tokens_read: int
+    tokens_generated: int
+    finished: int
+    failed: int
 
 
 class Meter:

@@ -1,0 +1,209 @@
+"""Where each stream of an engine is: in a slot or on its way there, in the queue, or apart; in memory or on disk.
+
+Knows nothing of tokens. All but ``all`` and the counts belong to the engine's thread. The lock is the engine's, and is
+held for a change of groups only, never while a cache is moved.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from streamllm.cache import SinkCache
+from streamllm.request import Request, State
+from streamllm.slots import Slots
+from streamllm.state import load_state, save_state
+
+
+class Places:
+    """See the module.
+
+    Args:
+        model: whose streams they are.
+        slots: where streams decode side by side; ``None``: this model's streams decode each by itself.
+        count: streams that are active at the same time.
+        most_apart: caches that memory has room for beside the slots.
+        folder: where further ones go; ``None``: nowhere.
+        quantum: tokens of its share; after them a stream leaves for others that wait.
+        changed: the engine's lock.
+        empty: makes a cache that holds nothing.
+        fail: ends a stream by an error.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        slots: Slots | None,
+        count: int,
+        most_apart: int,
+        folder: Path | None,
+        quantum: int,
+        changed: threading.Condition,
+        empty: Callable[[], SinkCache],
+        fail: Callable[[Request, Exception], None],
+    ) -> None:
+        self.count, self.slots = count, slots
+        self.active: list[Request] = []  # has a slot, or reads its prompt to get into it
+        self.queue: deque[Request] = deque()  # wants one
+        self.apart: list[Request] = []  # suspended
+        self.files: dict[int, Path] = {}  # of those on disk, by their numbers
+        self._model, self._most_apart, self._folder, self._quantum = model, most_apart, folder, quantum
+        self._changed, self._empty, self._fail = changed, empty, fail
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    # ---- for every thread
+
+    def all(self) -> list[Request]:
+        """All streams that are not done."""
+        with self._changed:
+            return [*self.active, *self.queue, *self.apart]
+
+    def add(self, request: Request) -> None:
+        """Put a new stream into the queue."""
+        with self._changed:
+            self.queue.append(request)
+            self._changed.notify_all()
+
+    # ---- for the engine's thread
+
+    def next(self) -> Request | None:
+        """Who becomes active next: the first in the queue that can go on, and for whose cache there is room."""
+        with self._changed:
+            if self.is_crowded and self._victim() is None:
+                return None
+            for request in self.queue:
+                needed = self.is_crowded + self._needs_room(request)
+                if not request.is_full and (self._folder is not None or self.in_memory() + needed <= self._most_apart):
+                    return request
+            return None
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether nobody can become active unless another leaves."""
+        return len(self.active) == self.count
+
+    def enter(self, request: Request) -> None:
+        """Make the stream that is ``next`` active, in another's place if need be.
+
+        Raises:
+            StateError: its file cannot be read.
+            Exception: there is no memory for it.
+        """
+        if self.is_crowded and (victim := self._victim()) is not None:
+            self.move(victim, self.queue, "waiting")
+        if request.state == "done":  # it could not be put on disk to make room
+            return
+        with self._changed:
+            self._remove(request)
+            self.active.append(request)
+            request.tokens_in_slot = 0
+            request.state = "decoding" if request.turn.drawn else "reading"
+        if self._needs_room(request):
+            self._make_room()
+        self._fetch(request)
+        request.is_begun = True
+        if request.state == "decoding":
+            self.settle(request)
+
+    def settle(self, request: Request) -> None:
+        """Give an active stream that decodes its slot."""
+        if self.slots is not None:
+            self.slots.take(request.turn.cache)
+
+    def move(self, request: Request, group: Any, state: State) -> None:
+        """Let a stream go from wherever it is to ``queue`` or ``apart``; if that fails, it fails."""
+        if self._has_slot(request):
+            self._make_room()
+            try:
+                self._release(request)
+            except Exception as error:  # no memory
+                self._fail(request, error)
+                return
+        with self._changed:
+            self._remove(request)
+            group.append(request)
+            request.state = state
+            self._changed.notify_all()
+
+    def rotate(self, request: Request) -> None:
+        """Make an active stream the last of them."""
+        with self._changed:
+            self.active.remove(request)
+            self.active.append(request)
+
+    def leave(self, request: Request) -> Exception | None:
+        """Let go of a stream for good, its cache in memory of its own; the reason, if that cannot be."""
+        failed = None
+        try:
+            self._release(request)
+            self._fetch(request)
+        except Exception as error:  # no memory: the cache is given up; its file, if there is one, stays
+            failed = error
+            if self.slots is not None and self._has_slot(request):
+                self.slots.drop(request.turn.cache)
+        with self._changed:
+            self.files.pop(request.id, None)
+            self._remove(request)
+        return failed
+
+    def in_memory(self) -> int:
+        """Caches in memory beside the slots."""
+        return sum(r.is_begun and r.id not in self.files and not self._has_slot(r) for r in self.all())
+
+    # ---- inside
+
+    def _victim(self) -> Request | None:
+        """Whose turn it is to leave for others: nobody reads it, or it has had its share."""
+        stuck = [r for r in self.active if r.is_full]
+        done = [r for r in self.active if r.tokens_in_slot >= self._quantum]
+        return next(iter(stuck or sorted(done, key=lambda r: -r.tokens_in_slot)), None)
+
+    def _has_slot(self, request: Request) -> bool:
+        return self.slots is not None and request.turn.cache in self.slots.caches
+
+    def _needs_room(self, request: Request) -> bool:
+        """Whether a stream's cache takes memory beside the slots when it enters, and did not before."""
+        return not request.is_begun or request.id in self.files
+
+    def _release(self, request: Request) -> None:
+        """Out of its slot, if it is in one."""
+        if self.slots is not None and self._has_slot(request):
+            self.slots.release(request.turn.cache)
+
+    def _fetch(self, request: Request) -> None:
+        """Back from disk, if it is there."""
+        if request.id in self.files:
+            request.turn.cache = load_state(self.files[request.id], self._model).cache
+            self.files.pop(request.id).unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        """Put caches on disk, those first that get a slot last, until one more fits into memory."""
+        for request in [*reversed(self.apart), *reversed(self.queue)] if self._folder is not None else ():
+            if self.in_memory() < self._most_apart:
+                return
+            if not self._needs_room(request):
+                self._put_on_disk(request)
+
+    def _put_on_disk(self, request: Request) -> None:
+        assert self._folder is not None
+        path = self._folder / f"engine-{os.getpid()}-{id(self):x}-{request.id}.stream"
+        try:
+            save_state(path, request.turn.cache)
+        except Exception as error:  # no space
+            self._fail(request, error)
+            return
+        request.turn.cache = self._empty()
+        self.files[request.id] = path
+
+    def _remove(self, request: Request) -> None:
+        """Out of whichever group it is in; called with the lock held."""
+        for group in (self.active, self.queue, self.apart):
+            if request in group:
+                group.remove(request)
