@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -217,6 +218,16 @@ class SinkCache(Gated):
                 layer.grow()
         self._is_fragile = False
 
+    def mark(self, row: int | None = None) -> None:
+        """A turn begins with the next token of ``row`` (``None``: of every row).
+
+        When the cache is full, turns that were marked leave whole, as long as half the window stays; in a turn longer
+        than that a block leaves at a time.
+        """
+        self._idle()
+        for index in self._indices(row):
+            self._main.mark(index)
+
     def evict(self, n: int, row: int | None = None) -> None:
         """Let the ``n`` oldest unpinned tokens of ``row`` (``None``: of every row) go, e.g. at a turn's border.
 
@@ -312,7 +323,7 @@ class SinkCache(Gated):
         cache = cls(model, **header["config"], batch_size=len(rows))
         for name, ledger in cache._named_ledgers():
             saved = header["ledgers"][str(name)]
-            ledger.rows = [Row(**row) for row in saved["rows"]]
+            ledger.rows = [Row(**{**row, "borders": tuple(row.get("borders", ()))}) for row in saved["rows"]]
             ledger.end = saved["end"]
         cache._columns, cache._ids = header["columns"], header["ids"]
         cache.unread = header["unread"]
@@ -360,13 +371,14 @@ class SinkCache(Gated):
         return min(limits)
 
     def _crosses(self, valid: Tensor | None) -> bool:
-        """Whether one forward may run over evictions: rows of one age with their whole head, keys that can move."""
+        """Whether one forward may run over evictions, all of one block: rows of one age with their whole head."""
         return (
             valid is None
             and self.spec.takes_masks
             and not self._rereads
             and not self.spec.count("linear")
             and self._main.is_uniform
+            and not self.rows[0].borders
             and self._main.cached(self.rows[0]) >= self.rows[0].pinned
         )
 
@@ -383,7 +395,7 @@ class SinkCache(Gated):
         self._is_fragile = True
         if due and not self._rereads:
             for index in [None] if main.is_uniform and len(due) == len(main.rows) else due:
-                self._evict(index, self.config.block)
+                self._evict(index, main.due(main.rows[index or 0]))
         # 2. where the new tokens go
         columns = tokens.shape[1]
         counts = tuple([columns] * len(main.rows) if valid is None else valid.sum(1).tolist())
@@ -468,12 +480,15 @@ class SinkCache(Gated):
 
     def _reread(self, decoder: PreTrainedModel, due: list[int], device: torch.device) -> None:
         """Evict by reading the tokens that stay once more, from position 0, by a forward of their own."""
-        main, block = self._main, self.config.block
+        main = self._main
         kept = [list(ids) for ids in self._ids]
+        before = [replace(row) for row in main.rows]
         for index in due:
-            head = main.head(main.rows[index])
-            del kept[index][head : head + block]
-        seen, columns = [row.seen for row in main.rows], self._columns
+            row = main.rows[index]
+            head, gone = main.head(row), main.due(row)
+            del kept[index][head : head + gone]
+            before[index].borders = tuple(border for border in row.borders if border > main.first(row) + gone)
+        columns = self._columns
         longest = max(len(ids) for ids in kept)
         padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in kept], device=device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in kept], device=device)
@@ -485,8 +500,8 @@ class SinkCache(Gated):
             if longest:
                 with torch.no_grad():
                     decoder(input_ids=padded, attention_mask=mask, past_key_values=self, use_cache=True)
-            for row, before in zip(main.rows, seen, strict=True):
-                row.seen = before
+            for row, old in zip(main.rows, before, strict=True):
+                row.seen, row.borders = old.seen, old.borders
             self._columns = columns
         except BaseException:
             self._is_fragile = True

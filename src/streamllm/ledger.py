@@ -62,13 +62,18 @@ Step = Evict | Rotate | Move
 
 @dataclass
 class Row:
-    """One stream of the batch. ``pinned``: tokens of its head that never leave, present or still to come."""
+    """One stream of the batch.
+
+    ``pinned``: tokens of its head that never leave, present or still to come. ``borders``: where turns begin that are
+    still in the window, in tokens of the stream.
+    """
 
     pinned: int
     seen: int = 0
     start: int = 0
     frame: int = 0
     captured: bool = False
+    borders: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,17 @@ class Ledger:
 
     def room(self, row: Row) -> int:
         """Tokens that ``row`` can read before its next eviction is due (one that is due already counts as done)."""
-        return self.capacity(row) - self.cached(row) or self.block
+        return self.capacity(row) - self.cached(row) or self.due(row)
+
+    def first(self, row: Row) -> int:
+        """Number in the stream of the oldest token of ``row`` behind its head."""
+        return row.seen - self.cached(row) + self.head(row)
+
+    def due(self, row: Row) -> int:
+        """Tokens of a full ``row`` that leave together: whole turns if half the window stays, or else a block."""
+        first = self.first(row)
+        turns = next((border - first for border in row.borders if border - first >= self.block), self.block)
+        return turns if turns <= self.window // 2 else self.block
 
     def position(self, row: Row) -> int:
         """Position of the next token of ``row``, after an eviction that is due."""
@@ -165,6 +180,7 @@ class Ledger:
             start=row.start + count,
             frame=0 if rebased else row.frame + count,
             captured=row.captured or row.pinned > 0,
+            borders=tuple(border for border in row.borders if border > self.first(row) + count),
         )
         head = self.head(row)
         if head:
@@ -232,6 +248,12 @@ class Ledger:
         if self.cached(row):
             self.steps.append(Rotate(where, row.start, self.end, -offset))
 
+    def mark(self, index: int) -> None:
+        """A turn begins with the next token of row ``index``."""
+        row = self.rows[index]
+        if row.seen > max(self.first(row), *row.borders, 0):
+            row.borders += (row.seen,)
+
     def reset(self, index: int | None = None) -> None:
         """Forget all tokens of one row, or of all; what is pinned stays the same number."""
         for i, row in enumerate(self.rows):
@@ -250,7 +272,8 @@ class Ledger:
         """Frame of ``row`` after an eviction that is due."""
         if not self.is_full(row):
             return row.frame
-        return 0 if self._rebases(row, self.block) else row.frame + self.block
+        count = self.due(row)
+        return 0 if self._rebases(row, count) else row.frame + count
 
     def _rebases(self, row: Row, count: int) -> bool:
         """Whether positions must restart when ``count`` tokens of ``row`` leave."""
