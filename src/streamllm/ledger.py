@@ -143,9 +143,9 @@ class Ledger:
 
     def due(self, row: Row) -> int:
         """Tokens of a full ``row`` that leave together: whole turns if half the window stays, or else a block."""
-        first = self.first(row)
+        first, most = self.first(row), self.window - self.window // 2 + self.block - 1
         turns = next((border - first for border in row.borders if border - first >= self.block), self.block)
-        return turns if turns <= self.window // 2 else self.block
+        return turns if turns <= most else self.block
 
     def position(self, row: Row) -> int:
         """Position of the next token of ``row``, after an eviction that is due."""
