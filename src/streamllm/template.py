@@ -233,7 +233,8 @@ class ChatTemplate:
             if said:
                 later = self._spell(self._short(text))[len(self._fronts[1]) :]
                 # A reply may begin otherwise than alone: with a blank, say, which the model then writes itself.
-                ids, alone = whole[len(pieces) : len(whole) - len(later)], self._read(said[-1]["content"])
+                ids = whole[len(pieces) : len(whole) - len(later)]
+                alone = self._tokenizer(said[-1]["content"], add_special_tokens=False)["input_ids"]
                 pieces += [*(ids if self._letters(ids) == self._letters(alone) else alone), *later]
                 if pieces != whole:
                     at = len(_common_prefix(pieces, whole))
@@ -286,7 +287,7 @@ class ChatTemplate:
                 [dict(message) for message in messages],
                 add_generation_prompt=prompt,
                 # Only where there is one, since looking for them takes long if the tokenizer has thousands.
-                sanitize_control_tokens=any(map(self._holds_control_token, messages)),
+                sanitize_control_tokens=self._hold_control_token(messages),
                 return_dict=False,
                 tokenizer_kwargs={"verbose": False},
                 **self._options,
@@ -299,9 +300,12 @@ class ChatTemplate:
             ) from error
         return ids
 
-    def _holds_control_token(self, message: Message) -> bool:
-        tokens = self._control_in_reply if message["role"] == "assistant" else self._control
-        return any(token in message["content"] for token in tokens)
+    def _hold_control_token(self, messages: Sequence[Message]) -> bool:
+        """Say whether the text of a message holds a control token."""
+        replies = "\n".join(message["content"] for message in messages if message["role"] == "assistant")
+        others = "\n".join(message["content"] for message in messages if message["role"] != "assistant")
+        # Some tokenizers have thousands of these, which a loop of Python would take its time over.
+        return any(map(others.__contains__, self._control)) or any(map(replies.__contains__, self._control_in_reply))
 
     def _read(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Return the ids of a text alone."""
