@@ -25,6 +25,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 
 PUBLIC = {
     "CacheConfig",
+    "Chat",
     "Chunk",
     "SamplingConfig",
     "SinkCache",

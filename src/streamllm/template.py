@@ -90,6 +90,7 @@ class ChatTemplate:
         self.is_plain = not (options.get("chat_template") or getattr(tokenizer, "chat_template", None))
         self.is_incremental = True
         self.notes: tuple[str, ...] = ()
+        self._closing = 0
         self._check_options()
         self.head = self._read(f"{system}\n" if system else "", add_special_tokens=True)
         if self.is_plain:
@@ -155,6 +156,21 @@ class ChatTemplate:
         pieces = ((self._read(reply), self.following(text, None)) for reply, text in exchanges)
         return [*self.head, *self._read(first), *chain.from_iterable(chain.from_iterable(pieces))]
 
+    def closing(self, end_id: int | None) -> int:
+        """Return how many ids of ``following`` close the reply; the next turn begins behind them.
+
+        Args:
+            end_id: as of ``following``.
+        """
+        if self.is_plain:
+            return len(self._read("\n")) if end_id is None else 1
+        return self._closing
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt."""
+        return self._system
+
     # ---- at the start
 
     def _check_options(self) -> None:
@@ -206,7 +222,8 @@ class ChatTemplate:
                 # What closes a reply may also close the system prompt, as part of the head. The turn begins after it.
                 ended, changed = (self._spell(before, prompt=False) for before in (past, other))
                 closing = ended[len(ended) - _common_suffix(ended, changed) :]
-                later = later[len(_common_prefix(later, closing)) :]
+                self._closing = len(_common_prefix(later, closing))
+                later = later[self._closing :]
             # A template may count the messages in its head.
             head = _common_prefix(first[: len(first) - _common_suffix(first, later)], known)
             if known == self._spell(self._short(ASKED)):
