@@ -566,9 +566,9 @@ def test_nothing_grows_with_the_conversation() -> None:
         for number in range(150):
             chat.send(f"{SAID[number % len(SAID)]} {number}").text()
             if number == 50:
-                size = chat.cache.bytes, len(chat._residents.turns), len(chat._snapshots)
+                size = chat.cache.bytes, len(chat._context.residents.turns), len(chat._snapshots)
         assert (chat.cache.bytes, len(chat._snapshots)) == (size[0], size[2])
-        assert len(chat._residents.turns) <= 60
+        assert len(chat._context.residents.turns) <= 60
         assert chat.turns_evicted > 140
         alive = weakref.ref(chat)
     del chat

@@ -65,11 +65,13 @@ class Piece:
     """A turn to be read anew.
 
     Args:
+        number: of the turn.
         ids: what to read.
         closing: how many of them close the turn before.
         skipped: tokens of the turn that are not among them, because it is longer than the window.
     """
 
+    number: int
     ids: list[int]
     closing: int
     skipped: int
@@ -82,8 +84,8 @@ def tail(
     window: int,
     *,
     is_same_model: bool,
-) -> tuple[int, list[Piece]]:
-    """The newest turns that fit into ``window`` tokens, at least the end of the last one; and the first one's number.
+) -> list[Piece]:
+    """The newest turns that fit into ``window`` tokens, at least the end of the last one.
 
     ``is_same_model``: the ids of replies are those of this tokenizer; otherwise their text is encoded anew.
     """
@@ -109,5 +111,5 @@ def tail(
         else:
             ids = ids + list(tokenizer(row.reply, add_special_tokens=False)["input_ids"])
         skipped = max(0, len(ids) - window)
-        kept.append(Piece(head + ids[skipped:], closing, skipped))
-    return rows[0].number, kept
+        kept.append(Piece(row.number, head + ids[skipped:], closing, skipped))
+    return kept

@@ -1,8 +1,8 @@
 """A conversation that never ends: only what is new is read, the instructions stay, and what left can be found.
 
-``Chat`` holds together a template (how turns are spelt), a cache (what the model sees), a sampler, a transcript (all
-that was said, on disk) and snapshots (to take turns back). The stream loop, the eviction and the search are not known
-here. Source: StreamingLLM, section 3.2 and table 8 (instructions need more than four pinned tokens); issue 6.
+``Chat`` holds together a context (what the model has before it), a transcript (all that was said, on disk), snapshots
+(to take turns back) and the reply that goes on. How turns are spelt, evicted, searched or drawn is not known here.
+Source: StreamingLLM, section 3.2 and table 8 (instructions need more than four pinned tokens); issue 6.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from streamllm.cache import SinkCache
 from streamllm.config import CacheConfig, OnEnd, SamplingConfig
+from streamllm.context import Context
 from streamllm.errors import BusyError, CacheError, ConfigError, InputError, StateError
 from streamllm.loop import Chunk, end_ids, stream
 from streamllm.passages import Passage
-from streamllm.recall import WordIndex, matching, quote
-from streamllm.replay import read, replay, tail
+from streamllm.recall import BUDGET_TOKENS, WordIndex, matching, quote
 from streamllm.reply import Reply, TurnRecord
-from streamllm.residents import Residents
 from streamllm.sampling import Sampler
 from streamllm.sessions import Session
-from streamllm.snapshots import Snapshot, Snapshots
+from streamllm.snapshots import Snapshots
 from streamllm.state import load_state, save_state
 from streamllm.stats import Stats
 from streamllm.template import ChatTemplate
@@ -97,26 +97,25 @@ class Chat:
         self._reply: Reply | None = None
         self._pending: tuple[str, list[int]] | None = None  # of the reply, and could not be written
         self._stats: Stats | None = None
-        self._residents = Residents()
         self._snapshots = Snapshots(snapshots)
         self._on_end = on_end
-        self._sampler = self._new_sampler(sampling or SamplingConfig())
         self.session = Session(session) if isinstance(session, str) else session
         self.transcript = self.session.transcript if self.session else Transcript()
         try:
             given = {"sinks": sinks, "window": window, "block": block, "kv_dtype": kv_dtype}
-            self._asked = self._settle_options(given)
+            asked = self._settle_options(given)
             self._options = self.transcript.get("template", {}) if template_options is None else template_options
             before = self.transcript.get("system", None)
-            self.template = ChatTemplate(tokenizer, before if system is None else system, **self._options)
-            self.cache = self._new_cache()
+            template = ChatTemplate(tokenizer, before if system is None else system, **self._options)
+            sampler = Sampler(sampling or SamplingConfig(), device=model.device, banned=self._banned)
+            self._context = Context(model, tokenizer, template, asked, sampler)
             self._open(sampling, is_new_system=system is not None and system != before)
         except BaseException:
             self.transcript.close()
             if self.session:
                 self.session.close()
             raise
-        self.notes += self.template.notes
+        self.notes += template.notes
         self._index = WordIndex(self.transcript)
 
     # ---- what is there
@@ -125,6 +124,16 @@ class Chat:
     def turns(self) -> int:
         """Turns so far."""
         return self.transcript.count()
+
+    @property
+    def cache(self) -> SinkCache:
+        """What the model sees."""
+        return self._context.cache
+
+    @property
+    def template(self) -> ChatTemplate:
+        """How turns are spelt."""
+        return self._context.template
 
     @property
     def system(self) -> str | None:
@@ -145,12 +154,12 @@ class Chat:
     @property
     def sampling(self) -> SamplingConfig:
         """How tokens are drawn; another one takes effect with the next reply."""
-        return self._sampler.config
+        return self._context.sampler.config
 
     @sampling.setter
     def sampling(self, config: SamplingConfig) -> None:
         with self._alone():
-            self._sampler = self._new_sampler(config, self._sampler)
+            self._context.sampler = self._context.sampler.changed(config, self._banned)
 
     @property
     def on_end(self) -> OnEnd:
@@ -161,7 +170,7 @@ class Chat:
     def on_end(self, on_end: OnEnd) -> None:
         with self._alone():
             self._on_end = on_end
-            self._sampler = self._new_sampler(self._sampler.config, self._sampler)
+            self._context.sampler = self._context.sampler.changed(self.sampling, self._banned)
 
     @property
     def stats(self) -> Stats | None:
@@ -176,17 +185,17 @@ class Chat:
     @property
     def turns_evicted(self) -> int:
         """Turns that have left the window with all their tokens."""
-        return self._residents.oldest - 1
+        return self._context.oldest - 1
 
     @property
     def tokens_seen(self) -> int:
         """Tokens of the conversation so far."""
-        return self._residents.before + self.cache.tokens_seen
+        return self._context.tokens_seen
 
     @property
     def tokens_evicted(self) -> int:
         """Tokens of the conversation that have left the window."""
-        return self.tokens_seen - self.cache.tokens_cached
+        return self._context.tokens_evicted
 
     def history(self, last: int | None = None) -> Iterator[TurnRow]:
         """The turns from the transcript, in order; ``last``: only so many."""
@@ -218,20 +227,18 @@ class Chat:
             self._settle()
             found = tuple(self._recalled(text) if recall is None else recall)
             content = quote(found) + text
-            number = self.turns + 1
+            number, context, closing = self.turns + 1, self._context, 0
             if self.template.is_incremental:
                 self._make_whole()
-                ids, closing = self._piece(content)
+                ids, closing = context.piece(content, self.transcript.last())
             else:
-                ids, closing = self._window_with(content), 0
+                ids = context.whole(self.transcript, content, number)
             self.transcript.begin(text, preface=quote(found), prompt_ids=ids, count=self._count)
-            if self.template.is_incremental:
-                self._keep(number)
-            else:
-                self._forget(len(ids))
-            cache = self.cache
-            self._residents.begin(number, cache.tokens_seen + len(cache.unread))
-            cache.mark(len(cache.unread) + closing)
+            if not self.template.is_incremental:
+                context.forget(max(0, self.transcript.tokens() - len(ids)))
+            elif self._snapshots.most:
+                self._snapshots.keep(context.snapshot(number))
+            context.enter(number, closing)
             return self._answer(number, ids, found, max_tokens)
 
     def resume(self, *, max_tokens: int | None = None) -> Reply:
@@ -249,7 +256,7 @@ class Chat:
             ids = None
             if not self.template.is_incremental and not self.cache.tokens_seen:
                 last = self.transcript.turn(self.turns)
-                ids = self._window_with(last.preface + last.user, before=last.number)
+                ids = self._context.whole(self.transcript, last.preface + last.user, last.number)
                 ids += self.transcript.reply_ids(last.number)
             self.transcript.reopen()
             return self._answer(self.turns, ids, (), max_tokens)
@@ -283,9 +290,7 @@ class Chat:
             if snapshot is None:
                 self._rebuild()
             else:
-                self.cache, self._residents = snapshot.cache.fork(), snapshot.residents.copy()
-                self._sampler.recent.clear()
-                self._sampler.observe(snapshot.recent)
+                self._context.go_back(snapshot)
             self._save()
 
     def regenerate(self, *, rebuild: bool = False) -> Reply:
@@ -320,7 +325,6 @@ class Chat:
             self._settle()
             if self.turns:
                 self.transcript.undo(self.turns)
-            self._snapshots.clear()
             self._reply = self._stats = None
             self._rebuild()
             self._save()
@@ -333,14 +337,8 @@ class Chat:
         """
         with self._alone():
             self._settle()
-            template, self.template = self.template, ChatTemplate(self.tokenizer, text, **self._options)
-            try:
-                self._new_cache()
-            except ConfigError:
-                self.template = template
-                raise
+            self._context.change(ChatTemplate(self.tokenizer, text, **self._options))
             self.transcript.put("system", text)
-            self._snapshots.clear()
             self._rebuild()
             self._save()
 
@@ -367,8 +365,7 @@ class Chat:
                 self.transcript.copy_into(other.session.transcript)
                 other.transcript = other.session.transcript
             other._lock, other.notes, other._reply = threading.RLock(), [], None
-            other.cache, other._residents = self.cache.fork(), self._residents.copy()
-            other._sampler = Sampler.from_state(self._sampler.state(), device=self.model.device)
+            other._context = self._context.copy()
             other._snapshots = self._snapshots.copy()
             other._index = WordIndex(other.transcript)
             other._save()
@@ -398,14 +395,9 @@ class Chat:
             ids = [] if chunk.id is None or chunk.finish == "end" else [chunk.id]
             self._pending = (chunk.text, ids)
             self._write_pending()
-            before = self._residents.before
-            if before:
-                seen, evicted = chunk.stats.tokens_seen + before, chunk.stats.tokens_evicted + before
-                chunk = dataclasses.replace(
-                    chunk, stats=dataclasses.replace(chunk.stats, tokens_seen=seen, tokens_evicted=evicted)
-                )
-            self._stats = chunk.stats
-            self._residents.let_go(self._gone)
+            context = self._context
+            stats = replace(chunk.stats, tokens_seen=context.tokens_seen, tokens_evicted=context.tokens_evicted)
+            self._stats, chunk = stats, replace(chunk, stats=stats)
             if reply.generated % SAVE_EVERY == 0 and not chunk.finish:
                 self._save()
             return chunk
@@ -421,8 +413,7 @@ class Chat:
 
     def measure(self, reply: Reply) -> TurnRecord:
         """The record of ``reply`` at this moment."""
-        self._residents.let_go(self._gone)
-        oldest, evicted = self._residents.oldest, self.tokens_evicted
+        oldest, evicted = self._context.oldest, self.tokens_evicted
         return TurnRecord(
             turn=reply.turn,
             tokens_read=reply.read,
@@ -474,14 +465,14 @@ class Chat:
                 self.tokenizer,
                 ids,
                 cache=self.cache,
-                sampling=self._sampler,
+                sampling=self._context.sampler,
                 max_tokens=self.max_tokens if most is None else most,
                 stop=self.stop,
                 on_end=self._on_end,
                 compile=self.compile,
             )
 
-        oldest, evicted = self._residents.oldest, self.tokens_evicted
+        oldest, evicted = self._context.oldest, self.tokens_evicted
         self._reply = Reply(
             self, begin, turn=number, read=len(ids or ()), recalled=found, oldest=oldest, evicted=evicted
         )
@@ -491,52 +482,17 @@ class Chat:
         """Passages for a turn, if any have left."""
         if self.recall == "off" or not self.tokens_evicted:
             return ()
-        budget = (self.cache.config.window or 0) // RECALL_SHARE
-        place = self._residents.place(self._gone)
-        return matching(self._index, text, place, count=self._count, budget_tokens=budget)
+        budget = min(BUDGET_TOKENS, self._context.window // RECALL_SHARE)
+        return matching(self._index, text, self._context.place, count=self._count, budget_tokens=budget)
 
     def _count(self, text: str) -> int:
         """Tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
-    def _gone(self) -> int:
-        """All tokens of the cache's stream below this one have left, but for the pinned head."""
-        evicted = self.cache.tokens_evicted
-        return self.cache.rows[0].pinned + evicted if evicted else 0
-
-    def _piece(self, content: str) -> tuple[list[int], int]:
-        """The ids of the next turn, and how many of them still belong to the last one."""
-        last = self.transcript.last()
-        if last is None:
-            return self.template.head + self.template.opening(content), 0
-        return self.template.following(content, last.end_id), self.template.closing(last.end_id)
-
-    def _new_sampler(self, config: SamplingConfig, before: Sampler | None = None) -> Sampler:
-        """A sampler that goes on with what ``before`` has seen and, unless the seed is another one, with its draws."""
-        banned = sorted(end_ids(self.model, self.tokenizer)) if self._on_end == "ban" else []
-        if before is None or config.seed != before.config.seed:
-            sampler = Sampler(config, device=self.model.device, banned=banned)
-            sampler.observe(before.recent if before else ())
-            return sampler
-        state = {**before.state(), "config": dataclasses.asdict(config), "banned": banned}
-        return Sampler.from_state(state, device=self.model.device)
-
-    def _new_cache(self) -> SinkCache:
-        """An empty cache with room for the pinned head."""
-        asked, head = self._asked, len(self.template.head)
-        try:
-            cache = SinkCache(self.model, max(asked.sinks, head), asked.window, asked.block, kv_dtype=asked.kv_dtype)
-        except ConfigError as error:
-            if head <= asked.sinks:
-                raise
-            raise ConfigError(f"The system prompt has {head} tokens, which do not fit: {error}") from error
-        window = cache.config.window or 0
-        if head > max(asked.sinks, window):
-            raise ConfigError(
-                f"The system prompt has {head} tokens, the window {window}: shorten it, or give a larger window."
-            )
-        return cache
+    def _banned(self) -> list[int]:
+        """Ids that are never drawn."""
+        return sorted(end_ids(self.model, self.tokenizer)) if self._on_end == "ban" else []
 
     # ---- a conversation that is on disk
 
@@ -556,25 +512,23 @@ class Chat:
 
     def _open(self, sampling: SamplingConfig | None, *, is_new_system: bool) -> None:
         """Write the settings of a new conversation, or go on with one that is on disk."""
-        last = self.transcript.last()
-        if last is None or is_new_system:
-            asked = self._asked
-            named = {"sinks": asked.sinks, "window": asked.window, "block": asked.block, "kv_dtype": asked.kv_dtype}
-            self.transcript.put("cache", named)
+        fingerprint = dataclasses.asdict(self.cache.spec.fingerprint)
+        if is_new := not self.turns:
+            self.transcript.put("cache", dataclasses.asdict(self._context.asked))
+            self.transcript.put("fingerprint", fingerprint)
+        if is_new or is_new_system:
             self.transcript.put("system", self.template.system)
             self.transcript.put("template", self._options)
-        fingerprint = dataclasses.asdict(self.cache.spec.fingerprint)
-        if last is None:
-            self.transcript.put("fingerprint", fingerprint)
+        if is_new:
             return
-        assert self.session is not None
         try:
             if is_new_system:
-                raise StateError("The session has other instructions now")  # noqa: TRY301 - same way out
+                raise StateError("The session has other instructions from here on.")  # noqa: TRY301 - same way out
             self._restore(sampling)
         except (StateError, KeyError, TypeError, ValueError) as error:
             is_same = self.transcript.get("fingerprint", None) == fingerprint
-            self.notes.append(f"{str(error).rstrip('.')}; the window was read anew from the transcript.")
+            said = str(error) if isinstance(error, StateError) else f"The saved state is damaged ({error!r})."
+            self.notes.append(f"{said} The window was read anew from the transcript.")
             self._rebuild(is_same_model=is_same)
             self.transcript.put("fingerprint", fingerprint)
             self._save()
@@ -588,46 +542,15 @@ class Chat:
         """
         assert self.session is not None
         saved = load_state(self.session.state, self.model)
-        place = saved.metadata["chat"]
-        if not self.template.is_incremental or place["head"] != self.template.head:
-            raise StateError("The chat template has changed since the session was saved")
-        rows = list(self.transcript.turns(place["turn"] or 1))
-        if place["turn"] and (not rows or rows[0].id != place["id"] or rows[0].reply_tokens < place["tokens"]):
-            raise StateError("The saved state is of another course of the conversation")
-        self.cache, self._residents = saved.cache, Residents.from_state(place["residents"])
-        assert saved.sampler is not None
-        self._sampler = self._new_sampler(sampling or saved.sampler.config, saved.sampler)
-        for row in rows:
-            ids = self.transcript.reply_ids(row.number)
-            if row.number == place["turn"]:
-                prompt, ids = None, ids[place["tokens"] :]
-                if place["finish"] == row.finish and not ids:
-                    continue
-            else:
-                prompt = self.transcript.prompt_ids(row.number)
-                self._residents.begin(row.number, self.cache.tokens_seen + len(self.cache.unread))
-                previous = self.transcript.turn(row.number - 1) if row.number > 1 else None
-                closing = self.template.closing(previous.end_id) if previous else 0
-                self.cache.mark(len(self.cache.unread) + closing)
-            replay(self.model, self.tokenizer, self.cache, self._sampler, prompt, ids, is_ended=row.finish == "end")
-        self._residents.let_go(self._gone)
+        if saved.sampler is None:
+            raise StateError(f"{self.session.state} is no state of a session.")
+        self._context.sampler = saved.sampler.changed(sampling or saved.sampler.config, self._banned)
+        self._context.catch_up(saved, saved.metadata["chat"], self.transcript)
 
     def _rebuild(self, *, is_same_model: bool = True) -> None:
         """Read the newest turns that fit into the window anew."""
-        self._residents = Residents()
-        self.cache = self._new_cache()
         self._snapshots.clear()
-        if not self.template.is_incremental or not self.turns:
-            return
-        window = self.cache.config.window or 0
-        first, kept = tail(self.transcript, self.template, self.tokenizer, window, is_same_model=is_same_model)
-        for number, piece in enumerate(kept, first):
-            self._residents.begin(number, self.cache.tokens_seen + len(self.cache.unread) - piece.skipped)
-            self.cache.mark(len(self.cache.unread) + piece.closing)
-            read(self.model, self.tokenizer, self.cache, piece.ids)
-            self._sampler.observe(piece.ids)
-        self._residents.before = max(0, self.transcript.tokens() - sum(len(piece.ids) for piece in kept))
-        self._residents.let_go(self._gone)
+        self._context.reread(self.transcript, is_same_model=is_same_model)
 
     def _make_whole(self) -> None:
         """Read the window anew if an interrupt has left the cache half-written."""
@@ -635,51 +558,13 @@ class Chat:
             self.notes.append("The cache was interrupted half-way; the window was read anew from the transcript.")
             self._rebuild()
 
-    def _window_with(self, content: str, before: int | None = None) -> list[int]:
-        """The ids of a turn with as many of those ``before`` as fit into the window: for templates without pieces."""
-        window = self.cache.config.window or 0
-        messages = [{"role": "user", "content": content}]
-        ids = self.template.whole(messages)
-        for row in self.transcript.turns(newest_first=True):
-            if before is not None and row.number >= before:
-                continue
-            more = [
-                {"role": "user", "content": row.preface + row.user},
-                {"role": "assistant", "content": row.reply},
-                *messages,
-            ]
-            longer = self.template.whole(more)
-            if len(longer) > window:
-                break
-            ids, messages = longer, more
-        return ids
-
-    def _keep(self, number: int) -> None:
-        """Keep a snapshot of where turn ``number`` begins."""
-        if self._snapshots.most:
-            recent, residents = tuple(self._sampler.recent), self._residents.copy()
-            self._snapshots.keep(Snapshot(number, self.cache.fork(), recent, residents))
-
-    def _forget(self, count: int) -> None:
-        """Empty the cache for a window of ``count`` tokens that is read anew."""
-        before = self.transcript.tokens()
-        self.cache.reset()
-        self._residents = Residents(before=max(0, before - count))
-
     def _save(self) -> None:
         """Save the state of a session; if that fails it is only slower to go on, for the transcript has everything."""
         if self.session is None or not self.template.is_incremental:
             return
-        last = self.transcript.last()
-        chat = {
-            "turn": last.number if last else 0,
-            "id": last.id if last else 0,
-            "tokens": last.reply_tokens if last else 0,
-            "finish": last.finish if last else None,
-            "residents": self._residents.state(),
-            "head": self.template.head,
-        }
+        chat = self._context.metadata(self.transcript.last())
+        sampler = self._context.sampler
         try:
-            save_state(self.session.state, self.cache, sampler=self._sampler, metadata={"chat": chat}, private=True)
+            save_state(self.session.state, self.cache, sampler=sampler, metadata={"chat": chat}, private=True)
         except StateError as error:
             self.notes.append(f"{error} The transcript has everything; going on will take a little longer.")
