@@ -99,10 +99,16 @@ def read_stdin(signals: Signals, idle: Callable[[], None]) -> Iterator[str]:
         return
     from streamllm.reading import decode_utf8
 
-    yield from decode_utf8(_read_bytes(signals, idle))
+    yield from decode_utf8(read_bytes(signals, idle))
 
 
-def _read_bytes(signals: Signals, idle: Callable[[], None]) -> Iterator[bytes]:
+def read_bytes(signals: Signals, idle: Callable[[], None], size: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Yield standard input as it comes, at most ``size`` bytes at once; ends early when a signal was received.
+
+    ``idle`` is called once if nothing at all comes for a while.
+    """
+    if sys.stdin is None:
+        return
     began: float | None = time.monotonic()  # None: something came, or idle was called
     try:
         number: int | None = sys.stdin.fileno()
@@ -110,14 +116,14 @@ def _read_bytes(signals: Signals, idle: Callable[[], None]) -> Iterator[bytes]:
         number = None
     while signals.received is None:
         if number is None:
-            data: bytes = sys.stdin.buffer.read(PIECE_BYTES)
+            data: bytes = sys.stdin.buffer.read(size)
         elif os.name != "nt" and not select.select([number], [], [], 0.1)[0]:
             if began is not None and time.monotonic() - began > PATIENCE:
                 began = None
                 idle()
             continue  # a signal would not end a read that waits
         else:
-            data = os.read(number, PIECE_BYTES)
+            data = os.read(number, size)
         began = None
         if not data:
             return
