@@ -10,8 +10,12 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
     """A new file beside ``path``, which takes its place when the block ends well, and is gone if it does not.
+
+    Args:
+        path: the file; its folder exists.
+        mode: permissions of the file, whatever the umask; ``None``: those that any new file gets.
 
     Raises:
         OSError: no space, no permission, no such folder.
@@ -21,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         os.close(handle)
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # as of any new file; a temporary one is private
+        temporary.chmod(0o666 & ~_umask() if mode is None else mode)  # a temporary file is private
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -46,6 +46,7 @@ def save_state(
     sampler: Sampler | None = None,
     decoder: Decoder | None = None,
     metadata: dict[str, Any] | None = None,
+    private: bool = False,
 ) -> None:
     """Write a stream to ``path``; an older file there stays whole until the new one is complete.
 
@@ -54,6 +55,7 @@ def save_state(
         cache: the stream; the fingerprint of the model that read it guards the file.
         sampler, decoder: theirs, if the text is to go on as if never stopped.
         metadata: anything JSON-able, given back as it is.
+        private: nobody but its owner may read the file (mode 0600), whatever the umask.
 
     Raises:
         StateError: the file cannot be written (no space, no permission); nothing is left half-written.
@@ -70,7 +72,7 @@ def save_state(
     }
     contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
-        with replacing(path) as temporary:
+        with replacing(path, mode=0o600 if private else None) as temporary:
             save_file(contiguous, temporary, metadata={"streamllm": json.dumps(header)})
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
