@@ -15,7 +15,8 @@ from ast import literal_eval
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from threading import Thread
+from typing import IO, Any
 
 from place import begin, finish
 from target import Target, print_targets
@@ -67,6 +68,43 @@ def time_first_token() -> tuple[float, float]:
     return first, end
 
 
+def time_since_torch() -> float:
+    """Seconds from torch imported to the first output of ``streamllm run -n 1``, while Python logs imports."""
+    command = [
+        COMMAND[0],
+        "-X",
+        "importtime",
+        *COMMAND[1:],
+        "run",
+        "-n",
+        "1",
+        "--seed",
+        "1",
+        "--quiet",
+        "Once upon a time",
+    ]
+    imported = 0.0
+
+    def watch(log: IO[bytes]) -> None:
+        nonlocal imported
+        for line in log:
+            if line.split()[-1:] == [b"torch"]:
+                imported = time.perf_counter()
+
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        watcher = Thread(target=watch, args=(process.stderr,))
+        watcher.start()
+        written = process.stdout.read(1)
+        first = time.perf_counter()
+        process.stdout.read()
+        watcher.join()
+    if process.returncode or not written or not imported:
+        raise RuntimeError(f"streamllm run ended with {process.returncode}, and wrote {written!r}")
+    return first - imported
+
+
 def _figures(seconds: Sequence[float]) -> dict[str, Any]:
     """The first run, and the median, least and most of the others (of all, if there is but one)."""
     later = seconds[1:] or seconds
@@ -87,24 +125,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = begin("startup", argv, f"{EMBEDDED}, embedded", "float32")
     helps = [time_help() for _ in range(runs)]
     tokens = [time_first_token() for _ in range(runs)]
+    since_torch = [time_since_torch() for _ in range(runs)]
     modules = modules_after_help()
     seconds = {
         "streamllm --help": _figures(helps),
         "streamllm run -n 1, to the first token": _figures([first for first, _ in tokens]),
+        "streamllm run -n 1, from torch to the first token": _figures(since_torch),
         "streamllm run -n 1, to the end": _figures([end for _, end in tokens]),
     }
     targets = [
         Target("streamllm --help", seconds["streamllm --help"]["median"], 0.4, unit="s"),
+        Target(
+            "from torch to the first token",
+            seconds["streamllm run -n 1, from torch to the first token"]["median"],
+            1.5,
+            unit="s",
+        ),
         Target("heavy modules loaded by --help", len(modules), 0, unit="modules"),
     ]
     record.figures.update(
         runs=runs, seconds=seconds, loaded_by_help=modules, targets=[target.to_dict() for target in targets]
     )
 
-    print(f"{'seconds':<42}{'median':>9}{'min':>9}{'max':>9}{'first':>9}")
+    print(f"{'seconds':<52}{'median':>9}{'min':>9}{'max':>9}{'first':>9}")
     for name, found in seconds.items():
         cells = "".join(f"{found[key]:>9.3f}" for key in ("median", "min", "max", "first"))
-        print(f"{name:<42}{cells}")
+        print(f"{name:<52}{cells}")
     print(f"\ntorch or transformers loaded by --help: {', '.join(modules) or 'no'}\n")
     print_targets(targets)
     finish(record, options.out, quick=options.quick)

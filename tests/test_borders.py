@@ -23,7 +23,7 @@ STREAMS = FAMILIES | REFUSED_OR_EXTRA
 
 
 def kept_turns(t: int, S: int, W: int, B: int) -> list[int]:  # noqa: N803 - as in the reference
-    """Indices of the tokens that token ``t`` attends to: whole turns leave if at most half the window goes with them.
+    """Indices of the tokens that token ``t`` attends to: whole turns leave if at least half the window stays.
 
     Written from the rule, over plain lists, beside ``reference.kept``.
     """
@@ -31,7 +31,8 @@ def kept_turns(t: int, S: int, W: int, B: int) -> list[int]:  # noqa: N803 - as 
     for new in range(t + 1):
         if len(held) == S + W + B - 1:
             ends = [held.index(border) - S for border in BORDERS if border in held[S + B :] and border <= new]
-            held[S : S + (ends[0] if ends and ends[0] <= W // 2 else B)] = []
+            whole = bool(ends) and len(held) - S - ends[0] >= W // 2
+            held[S : S + (ends[0] if whole else B)] = []
         held.append(new)
     return held
 

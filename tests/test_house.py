@@ -25,6 +25,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 
 PUBLIC = {
     "CacheConfig",
+    "Chat",
     "Chunk",
     "SamplingConfig",
     "SinkCache",
@@ -64,7 +65,9 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
         streamllm.SinkCash  # noqa: B018 - the look-up is what is tested
 
 
-@pytest.mark.parametrize("name", ["streamllm", "streamllm.cli", "streamllm.stats", "streamllm.ledger"])
+@pytest.mark.parametrize(
+    "name", ["streamllm", "streamllm.cli", "streamllm.stats", "streamllm.ledger", "streamllm.template"]
+)
 def test_importing_what_help_needs_loads_neither_torch_nor_transformers(name: str) -> None:
     """In a process of its own, because this one has loaded them."""
     code = f"import sys, {name}; sys.exit(' '.join({{'torch', 'transformers'}} & set(sys.modules)) or 0)"

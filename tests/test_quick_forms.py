@@ -232,3 +232,22 @@ def test_dropout_and_heads_that_do_not_fit_are_torchs_own_matter(monkeypatch: py
         with pytest.raises(RuntimeError):
             functional.scaled_dot_product_attention(query, keys, values)
     assert counted.own == 0
+
+
+# ---- packed weights
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_row_of_packed_weights_equals_torchs_own_kernel(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the kernel itself, which rounds its result to bf16 as the form does; more rows are left to it."""
+    codes = torch.randint(-127, 128, (48, 64), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    scale, x = draw(48, dtype=torch.bfloat16).abs(), draw(rows, 64, dtype=torch.bfloat16, seed=2)
+    want = torch._weight_int8pack_mm(x, codes, scale)
+    counted = Counted(monkeypatch, torch._weight_int8pack_mm)
+    with QuickForms(loops=True):
+        found = torch._weight_int8pack_mm(x, codes, scale)
+    check_close(found, want)
+    assert counted.own == (rows == 1)
+    with QuickForms():
+        torch._weight_int8pack_mm(x, codes, scale)
+    assert counted.own == (rows == 1)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from streamllm.errors import StreamLLMError
     from streamllm.loop import Chunk, generate, stream
     from streamllm.models import load
+    from streamllm.session import Chat
     from streamllm.state import load_state, save_state
     from streamllm.stats import Stats
 
@@ -23,6 +24,7 @@ _HOMES = {
     "load": "models",
     "stream": "loop",
     "generate": "loop",
+    "Chat": "session",
     "SinkCache": "cache",
     "CacheConfig": "config",
     "SamplingConfig": "config",
@@ -35,6 +37,7 @@ _HOMES = {
 
 __all__ = [
     "CacheConfig",
+    "Chat",
     "Chunk",
     "SamplingConfig",
     "SinkCache",

@@ -173,6 +173,11 @@ class SinkCache(Gated):
         self._unread = (self.tokens_seen, list(ids))
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the cache can be used: an interrupt while it was being rewritten leaves it in pieces."""
+        return not self._is_fragile
+
+    @property
     def _rereads(self) -> bool:
         return bool(self.config.reread)
 
@@ -218,15 +223,19 @@ class SinkCache(Gated):
                 layer.grow()
         self._is_fragile = False
 
-    def mark(self, row: int | None = None) -> None:
-        """A turn begins with the next token of ``row`` (``None``: of every row).
+    def mark(self, ahead: int = 0, row: int | None = None) -> None:
+        """A turn of ``row`` (``None``: of every row) begins ``ahead`` tokens from here.
 
         When the cache is full, turns that were marked leave whole, as long as half the window stays; in a turn longer
         than that a block leaves at a time.
+
+        Raises:
+            ConfigError: ``ahead`` is negative.
         """
         self._idle()
+        check_count("ahead", ahead, 0)
         for index in self._indices(row):
-            self._main.mark(index)
+            self._main.mark(index, ahead)
 
     def evict(self, n: int, row: int | None = None) -> None:
         """Let the ``n`` oldest unpinned tokens of ``row`` (``None``: of every row) go, e.g. at a turn's border.

@@ -143,9 +143,9 @@ class Ledger:
 
     def due(self, row: Row) -> int:
         """Tokens of a full ``row`` that leave together: whole turns if half the window stays, or else a block."""
-        first = self.first(row)
+        first, most = self.first(row), self.window - self.window // 2 + self.block - 1
         turns = next((border - first for border in row.borders if border - first >= self.block), self.block)
-        return turns if turns <= self.window // 2 else self.block
+        return turns if turns <= most else self.block
 
     def position(self, row: Row) -> int:
         """Position of the next token of ``row``, after an eviction that is due."""
@@ -248,11 +248,11 @@ class Ledger:
         if self.cached(row):
             self.steps.append(Rotate(where, row.start, self.end, -offset))
 
-    def mark(self, index: int) -> None:
-        """A turn begins with the next token of row ``index``."""
-        row = self.rows[index]
-        if row.seen > max(self.first(row), *row.borders, 0):
-            row.borders += (row.seen,)
+    def mark(self, index: int, ahead: int = 0) -> None:
+        """A turn of row ``index`` begins after ``ahead`` more tokens."""
+        row, border = self.rows[index], self.rows[index].seen + ahead
+        if border > max(self.first(row), *row.borders, 0):
+            row.borders += (border,)
 
     def reset(self, index: int | None = None) -> None:
         """Forget all tokens of one row, or of all; what is pinned stays the same number."""

@@ -67,6 +67,13 @@ def _row(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | 
     return out.reshape(*input.shape[:-1], -1)
 
 
+def _packed_row(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor | None:
+    """``torch._weight_int8pack_mm`` over one row [1, K] as a sum of products; ``None``: better as it is."""
+    if rows.device.type != "cpu" or len(rows) != 1:
+        return None
+    return ((codes.float() * rows.float()).sum(-1) * scale.float()).to(rows.dtype)[None]
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -109,5 +116,6 @@ _FORMS: dict[Callable[..., Any], tuple[Callable[..., Tensor | None], ...]] = {fu
 
 _LOOPS: dict[Callable[..., Any], tuple[Callable[..., Tensor | None], ...]] = {
     functional.linear: (_row, _linear),
+    torch._weight_int8pack_mm: (_packed_row,),
     functional.scaled_dot_product_attention: (_attention,),
 }

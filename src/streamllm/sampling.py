@@ -76,6 +76,16 @@ class Sampler:
             "generator": base64.b64encode(self._generator.get_state().numpy().tobytes()).decode("ascii"),
         }
 
+    def changed(self, config: SamplingConfig, banned: Sequence[int] = ()) -> Sampler:
+        """A sampler with other settings that has seen the same, and goes on with the draws unless the seed is another."""
+        device = self._generator.device
+        if config.seed == self.config.seed:
+            state = {**self.state(), "config": dataclasses.asdict(config), "banned": sorted(banned)}
+            return Sampler.from_state(state, device=device)
+        other = Sampler(config, device=device, banned=banned)
+        other.observe(self.recent)
+        return other
+
     @classmethod
     def from_state(cls, state: dict[str, Any], *, device: torch.device | str = "cpu") -> Sampler:
         """Return a sampler that goes on where ``state()`` was taken.

@@ -1,0 +1,156 @@
+"""One reply of a conversation, chunk by chunk, and the record of what it cost.
+
+Knows nothing about caches or templates: the conversation (``session``) hands the chunks in and is told of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from streamllm.loop import Chunk
+from streamllm.passages import Passage
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRecord:
+    """What one turn read, wrote, let go and found again.
+
+    Args:
+        turn: its number, from 1.
+        tokens_read: tokens of the new turn that were read.
+        tokens_generated: tokens of the reply.
+        tokens_seen, tokens_evicted: of the whole conversation.
+        tokens_cached: held now.
+        turns_evicted: turns that have left the window with all their tokens.
+        evicted_now: first and last turn that left during this one; ``None``: none did.
+        tokens_evicted_now: tokens that left during this turn.
+        occupancy: share of the cache in use, 0 to 1.
+        recalled: passages that were put in front of the turn.
+        finish: why the reply ended: "end", "stop", "length" or "interrupted"; ``None`` while it goes on.
+        seconds: since the turn began.
+    """
+
+    turn: int
+    tokens_read: int
+    tokens_generated: int
+    tokens_seen: int
+    tokens_cached: int
+    tokens_evicted: int
+    turns_evicted: int
+    evicted_now: tuple[int, int] | None
+    tokens_evicted_now: int
+    occupancy: float
+    recalled: tuple[Passage, ...]
+    finish: str | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def evicted(self) -> str:
+        """What has left during this turn, in words; empty if nothing has."""
+        if not self.tokens_evicted_now:
+            return ""
+        if self.evicted_now is None:
+            return f"{self.tokens_evicted_now} tokens left the window"
+        first, last = self.evicted_now
+        turns = f"turn {first}" if first == last else f"turns {first} to {last}"
+        return f"{turns} left the window ({self.tokens_evicted_now} tokens)"
+
+
+class Listener(Protocol):
+    """Who is told of a reply: the conversation."""
+
+    def took(self, reply: Reply, chunk: Chunk) -> Chunk:
+        """A chunk has come; it is handed on as it is returned."""
+
+    def ended(self, reply: Reply, finish: str, end_id: int | None) -> None:
+        """No more will come."""
+
+    def measure(self, reply: Reply) -> TurnRecord:
+        """The record at this moment."""
+
+
+class Reply(Iterator[Chunk]):
+    """A reply on its way: iterate for its chunks.
+
+    Breaking off, by ``close()`` or by sending the next message, leaves a reply that is complete to its last token.
+
+    Attributes:
+        turn: number of the turn.
+        recalled: passages that were put in front of it.
+        finish: why it ended; ``None`` while it goes on.
+        generated: tokens so far.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        begin: Callable[[], Iterator[Chunk]],
+        *,
+        turn: int,
+        read: int,
+        recalled: tuple[Passage, ...],
+        oldest: int,
+        evicted: int,
+    ) -> None:
+        self.turn, self.read, self.recalled = turn, read, recalled
+        self.oldest, self.evicted = oldest, evicted  # oldest turn in the window and tokens evicted, when it began
+        self.finish: str | None = None
+        self.generated = 0
+        self._listener, self._begin = listener, begin
+        self._chunks: Iterator[Chunk] | None = None
+        self._began = time.perf_counter()
+        self._record: TurnRecord | None = None
+
+    def __iter__(self) -> Reply:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self.finish is not None:
+            raise StopIteration
+        if self._chunks is None:
+            self._chunks = self._begin()
+        try:
+            chunk = next(self._chunks)
+            if chunk.id is not None:
+                self.generated += 1
+            chunk = self._listener.took(self, chunk)
+        except BaseException:
+            self.close()
+            raise
+        if chunk.finish:
+            self._end(chunk.finish, chunk.id if chunk.finish == "end" else None)
+        return chunk
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the turn began."""
+        return time.perf_counter() - self._began
+
+    @property
+    def record(self) -> TurnRecord:
+        """What the turn has cost so far, or in all."""
+        return self._record or self._listener.measure(self)
+
+    def text(self) -> str:
+        """The rest of the reply."""
+        return "".join(chunk.text for chunk in self)
+
+    def close(self) -> None:
+        """Break the reply off; it stays as far as it has come. Does nothing if it has ended."""
+        if self.finish is None:
+            self._end("interrupted", None)
+
+    def _end(self, finish: str, end_id: int | None) -> None:
+        self.finish = finish
+        chunks: Any = self._chunks  # a generator
+        if chunks is not None:
+            chunks.close()
+        self._listener.ended(self, finish, end_id)
+        self._record = self._listener.measure(self)

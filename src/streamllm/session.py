@@ -1,0 +1,570 @@
+"""A conversation that never ends: only what is new is read, the instructions stay, and what left can be found.
+
+``Chat`` holds together a context (what the model has before it), a transcript (all that was said, on disk), snapshots
+(to take turns back) and the reply that goes on. How turns are spelt, evicted, searched or drawn is not known here.
+Source: StreamingLLM, section 3.2 and table 8 (instructions need more than four pinned tokens); issue 6.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from streamllm.cache import SinkCache
+from streamllm.config import CacheConfig, OnEnd, SamplingConfig
+from streamllm.context import Context
+from streamllm.errors import BusyError, CacheError, ConfigError, InputError, StateError
+from streamllm.loop import Chunk, end_ids, stream
+from streamllm.passages import Passage
+from streamllm.recall import BUDGET_TOKENS, WordIndex, matching, quote
+from streamllm.reply import Reply, TurnRecord
+from streamllm.sampling import Sampler
+from streamllm.sessions import Session
+from streamllm.snapshots import Snapshots
+from streamllm.state import load_state, save_state
+from streamllm.stats import Stats
+from streamllm.template import ChatTemplate
+from streamllm.transcript import Transcript, TurnRow
+
+Recall = Literal["auto", "off"]
+
+SAVE_EVERY = 512
+"""Tokens of a reply after which a session on disk is saved in its middle."""
+
+RECALL_SHARE = 4
+"""What is recalled for a turn takes at most one in so many tokens of the window."""
+
+
+class Chat:
+    """A conversation with a model.
+
+    Args:
+        model, tokenizer: as of ``load``; without a chat template the tokenizer's texts are joined as they are.
+        system: instructions that are pinned and never leave. ``None``: those of the session, or none.
+        sinks, window, block, kv_dtype: see ``CacheConfig``; ``None``: those of the session, or the defaults.
+        sampling: how to draw; the random numbers go on from turn to turn.
+        max_tokens: tokens of a reply at most; ``None``: until it ends.
+        on_end, stop: as of ``stream``.
+        recall: "auto" puts passages that left the window, and match a turn, in front of it; "off" does not.
+        snapshots: how many turns can be taken back exactly; each costs a copy of the cache (see ``MAX_BYTES``).
+        session: a session on disk, or its name, to go on with or to begin; ``None``: nothing is kept.
+        compile: as of ``stream``.
+        template_options: handed to the chat template, such as ``{"enable_thinking": False}``.
+
+    Attributes:
+        notes: sentences that a person should be told once; whoever shows them clears the list.
+
+    Raises:
+        ConfigError: an option cannot be used, the system prompt is larger than the window, or the session was made
+            with another window.
+        UnsupportedModelError: the model cannot stream.
+        BusyError: another process holds the session.
+        StateError: the session's transcript is damaged.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        sinks: int | None = None,
+        window: int | None = None,
+        block: int | None = None,
+        kv_dtype: str | None = None,
+        sampling: SamplingConfig | None = None,
+        max_tokens: int | None = None,
+        on_end: OnEnd = "stop",
+        stop: Sequence[str] = (),
+        recall: Recall = "auto",
+        snapshots: int = 8,
+        session: Session | str | None = None,
+        compile: bool = False,
+        template_options: dict[str, Any] | None = None,
+    ) -> None:
+        if recall not in ("auto", "off"):
+            raise ConfigError(f"recall must be auto or off, you gave {recall!r}.")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_tokens, self.stop, self.recall, self.compile = max_tokens, tuple(stop), recall, compile
+        self.notes: list[str] = []
+        self._lock = threading.RLock()
+        self._reply: Reply | None = None
+        self._pending: tuple[str, list[int]] | None = None  # of the reply, and could not be written
+        self._stats: Stats | None = None
+        self._snapshots = Snapshots(snapshots)
+        self._on_end = on_end
+        self.session = Session(session) if isinstance(session, str) else session
+        self.transcript = self.session.transcript if self.session else Transcript()
+        try:
+            given = {"sinks": sinks, "window": window, "block": block, "kv_dtype": kv_dtype}
+            asked = self._settle_options(given)
+            self._options = self.transcript.get("template", {}) if template_options is None else template_options
+            before = self.transcript.get("system", None)
+            template = ChatTemplate(tokenizer, before if system is None else system, **self._options)
+            sampler = Sampler(sampling or SamplingConfig(), device=model.device, banned=self._banned)
+            self._context = Context(model, tokenizer, template, asked, sampler)
+            self._open(sampling, is_new_system=system is not None and system != before)
+        except BaseException:
+            self.transcript.close()
+            if self.session:
+                self.session.close()
+            raise
+        self.notes += template.notes
+        self._index = WordIndex(self.transcript)
+
+    # ---- what is there
+
+    @property
+    def turns(self) -> int:
+        """Turns so far."""
+        return self.transcript.count()
+
+    @property
+    def cache(self) -> SinkCache:
+        """What the model sees."""
+        return self._context.cache
+
+    @property
+    def template(self) -> ChatTemplate:
+        """How turns are spelt."""
+        return self._context.template
+
+    @property
+    def system(self) -> str | None:
+        """The instructions."""
+        return self.template.system
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the texts are joined as they are, because the tokenizer has no chat template."""
+        return self.template.is_plain
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether the last reply was cut off and can go on."""
+        last = self.transcript.last()
+        return last is not None and last.finish not in ("end", "stop")
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How tokens are drawn; another one takes effect with the next reply."""
+        return self._context.sampler.config
+
+    @sampling.setter
+    def sampling(self, config: SamplingConfig) -> None:
+        with self._alone():
+            self._context.sampler = self._context.sampler.changed(config, self._banned)
+
+    @property
+    def on_end(self) -> OnEnd:
+        """What an end token does; see ``stream``."""
+        return self._on_end
+
+    @on_end.setter
+    def on_end(self, on_end: OnEnd) -> None:
+        with self._alone():
+            self._on_end = on_end
+            self._context.sampler = self._context.sampler.changed(self.sampling, self._banned)
+
+    @property
+    def stats(self) -> Stats | None:
+        """Counters and speeds of the last reply; ``None`` before the first."""
+        return self._stats
+
+    @property
+    def record(self) -> TurnRecord | None:
+        """What the last turn has cost; ``None`` before the first."""
+        return None if self._reply is None else self._reply.record
+
+    @property
+    def turns_evicted(self) -> int:
+        """Turns that have left the window with all their tokens."""
+        return self._context.oldest - 1
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of the conversation so far."""
+        return self._context.tokens_seen
+
+    @property
+    def tokens_evicted(self) -> int:
+        """Tokens of the conversation that have left the window."""
+        return self._context.tokens_evicted
+
+    def history(self, last: int | None = None) -> Iterator[TurnRow]:
+        """The turns from the transcript, in order; ``last``: only so many."""
+        return self.transcript.turns(1 if last is None else max(1, self.turns - last + 1))
+
+    def search(self, words: str, limit: int = 5) -> list[Passage]:
+        """Passages of the whole conversation that match ``words``, the best first."""
+        with self._alone():
+            return self._index.search(words, limit=limit)
+
+    # ---- what is said
+
+    def send(self, text: str, *, recall: Sequence[Passage] | None = None, max_tokens: int | None = None) -> Reply:
+        """Say something; the reply is read from what is given back.
+
+        Args:
+            text: what to say. It is in the transcript when this returns.
+            recall: passages to put in front of it; ``None``: as the conversation's ``recall`` says.
+            max_tokens: of this reply, instead of the conversation's.
+
+        Raises:
+            InputError: the text is empty or cannot be encoded.
+            BusyError: another thread is using the conversation.
+            StateError: the transcript cannot be written.
+        """
+        with self._alone():
+            if not isinstance(text, str) or not text.strip():
+                raise InputError("The message is empty; say something, or go on with a reply that was cut off.")
+            self._settle()
+            found = tuple(self._recalled(text) if recall is None else recall)
+            content = quote(found) + text
+            number, context, closing = self.turns + 1, self._context, 0
+            if self.template.is_incremental:
+                self._make_whole()
+                ids, closing = context.piece(content, self.transcript.last())
+            else:
+                ids = context.whole(self.transcript, content, number)
+            self.transcript.begin(text, preface=quote(found), prompt_ids=ids, count=self._count)
+            if not self.template.is_incremental:
+                context.forget(max(0, self.transcript.tokens() - len(ids)))
+            elif self._snapshots.most:
+                self._snapshots.keep(context.snapshot(number))
+            context.enter(number, closing)
+            return self._answer(number, ids, found, max_tokens)
+
+    def resume(self, *, max_tokens: int | None = None) -> Reply:
+        """Go on with the last reply, which was cut off.
+
+        Raises:
+            CacheError: there is none, or it has ended by itself.
+            BusyError, StateError: as ``send``.
+        """
+        with self._alone():
+            self._settle()
+            if not self.can_resume:
+                raise CacheError("There is no reply that was cut off; send the next message, or regenerate() the last.")
+            self._make_whole()
+            ids = None
+            if not self.template.is_incremental and not self.cache.tokens_seen:
+                last = self.transcript.turn(self.turns)
+                ids = self._context.whole(self.transcript, last.preface + last.user, last.number)
+                ids += self.transcript.reply_ids(last.number)
+            self.transcript.reopen()
+            return self._answer(self.turns, ids, (), max_tokens)
+
+    def undo(self, turns: int = 1, *, rebuild: bool = False) -> None:
+        """Take the last turns back.
+
+        Args:
+            turns: how many.
+            rebuild: where no snapshot reaches so far, read the window anew from the transcript.
+
+        Raises:
+            ConfigError: there are not so many turns.
+            CacheError: no snapshot reaches so far; the message says what is possible.
+        """
+        with self._alone():
+            self._settle()
+            if not 1 <= turns <= self.turns:
+                raise ConfigError(f"Cannot take {turns} turns back: there are {self.turns}.")
+            first = self.turns - turns + 1
+            snapshot = self._snapshots.take(first) if self.template.is_incremental else None
+            if snapshot is None and self.template.is_incremental and not rebuild:
+                oldest = self._snapshots.oldest
+                possible = "no turn can be taken back exactly" if oldest is None else f"turns from {oldest} on can be"
+                raise CacheError(
+                    f"Turn {first} cannot be taken back exactly, its snapshot is not kept; {possible}. With "
+                    "rebuild=True (/undo rebuild) the window is read anew from the transcript."
+                )
+            self.transcript.undo(turns)
+            self._reply = None
+            if snapshot is None:
+                self._rebuild()
+            else:
+                self._context.go_back(snapshot)
+            self._save()
+
+    def regenerate(self, *, rebuild: bool = False) -> Reply:
+        """Take the last reply back and draw another one.
+
+        Raises:
+            ConfigError, CacheError: as ``undo``.
+        """
+        with self._alone():
+            self._settle()
+            return self.edit(max(1, self.turns), rebuild=rebuild)
+
+    def edit(self, turn: int, text: str | None = None, *, rebuild: bool = False) -> Reply:
+        """Say something else in ``turn`` (``None``: the same); it and all later turns are taken back.
+
+        Raises:
+            ConfigError, CacheError: as ``undo``.
+        """
+        with self._alone():
+            self._settle()
+            if not 1 <= turn <= self.turns:
+                raise ConfigError(f"There is no turn {turn}: the conversation has {self.turns}.")
+            said = self.transcript.turn(turn).user if text is None else text
+            if not said.strip():
+                raise InputError("The message is empty; say something else.")
+            self.undo(self.turns - turn + 1, rebuild=rebuild)
+            return self.send(said)
+
+    def clear(self) -> None:
+        """Begin anew; the transcript of a session keeps what was said, as taken back."""
+        with self._alone():
+            self._settle()
+            if self.turns:
+                self.transcript.undo(self.turns)
+            self._reply = self._stats = None
+            self._rebuild()
+            self._save()
+
+    def set_system(self, text: str | None) -> None:
+        """Give other instructions; the window is read anew from the transcript, behind them.
+
+        Raises:
+            ConfigError: they are larger than the window.
+        """
+        with self._alone():
+            self._settle()
+            self._context.change(ChatTemplate(self.tokenizer, text, **self._options))
+            self.transcript.put("system", text)
+            self._rebuild()
+            self._save()
+
+    def fork(self, session: Session | str | None = None) -> Chat:
+        """Another conversation that goes on from here; both draw alike.
+
+        Args:
+            session: a new session on disk, or its name, to keep it in.
+
+        Raises:
+            ConfigError: the session is not new.
+        """
+        with self._alone():
+            self._settle()
+            other = object.__new__(Chat)
+            other.__dict__ = dict(self.__dict__)
+            other.session = Session(session) if isinstance(session, str) else session
+            if other.session is not None and other.session.transcript.count():
+                other.session.close()
+                raise ConfigError(f"The session {other.session.name!r} is not new; give another name.")
+            if other.session is None:
+                other.transcript = self.transcript.copy()
+            else:
+                self.transcript.copy_into(other.session.transcript)
+                other.transcript = other.session.transcript
+            other._lock, other.notes, other._reply = threading.RLock(), [], None
+            other._context = self._context.copy()
+            other._snapshots = self._snapshots.copy()
+            other._index = WordIndex(other.transcript)
+            other._save()
+            return other
+
+    def close(self) -> None:
+        """End a reply that goes on, save the session, and let it go."""
+        with self._alone():
+            try:
+                self._settle()
+            finally:
+                self.transcript.close()
+                if self.session:
+                    self.session.close()
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- what a reply tells
+
+    def took(self, reply: Reply, chunk: Chunk) -> Chunk:
+        """A chunk of ``reply`` has come: it goes to disk before it is shown."""
+        with self._alone():
+            ids = [] if chunk.id is None or chunk.finish == "end" else [chunk.id]
+            self._pending = (chunk.text, ids)
+            self._write_pending()
+            context = self._context
+            stats = replace(chunk.stats, tokens_seen=context.tokens_seen, tokens_evicted=context.tokens_evicted)
+            self._stats, chunk = stats, replace(chunk, stats=stats)
+            if reply.generated % SAVE_EVERY == 0 and not chunk.finish:
+                self._save()
+            return chunk
+
+    def ended(self, reply: Reply, finish: str, end_id: int | None) -> None:
+        """``reply`` has ended; an end token is the template's to put in."""
+        with self._alone():
+            if finish == "end":
+                self.cache.unread = []
+            if self._pending is None:
+                self.transcript.end(finish, end_id)
+                self._save()
+
+    def measure(self, reply: Reply) -> TurnRecord:
+        """The record of ``reply`` at this moment."""
+        oldest, evicted = self._context.oldest, self.tokens_evicted
+        return TurnRecord(
+            turn=reply.turn,
+            tokens_read=reply.read,
+            tokens_generated=reply.generated,
+            tokens_seen=self.tokens_seen,
+            tokens_cached=self.cache.tokens_cached,
+            tokens_evicted=evicted,
+            turns_evicted=oldest - 1,
+            evicted_now=(reply.oldest, oldest - 1) if oldest > reply.oldest else None,
+            tokens_evicted_now=evicted - reply.evicted,
+            occupancy=self.cache.tokens_cached / self.cache.capacity,
+            recalled=reply.recalled,
+            finish=reply.finish,
+            seconds=reply.seconds,
+        )
+
+    # ---- inside
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse a second thread."""
+        if not self._lock.acquire(blocking=False):
+            raise BusyError("Another thread is using this conversation; wait for it, or fork() the conversation.")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _settle(self) -> None:
+        """End a reply that goes on, and write what could not be written."""
+        if self._reply is not None:
+            self._reply.close()
+        if self._pending is not None:
+            self._write_pending()
+            self.transcript.end("interrupted", None)
+            self._save()
+
+    def _write_pending(self) -> None:
+        assert self._pending is not None
+        self.transcript.write(*self._pending)
+        self._pending = None
+
+    def _answer(self, number: int, ids: list[int] | None, found: tuple[Passage, ...], most: int | None) -> Reply:
+        """The reply that comes after ``ids`` are read."""
+
+        def begin() -> Iterator[Chunk]:
+            return stream(
+                self.model,
+                self.tokenizer,
+                ids,
+                cache=self.cache,
+                sampling=self._context.sampler,
+                max_tokens=self.max_tokens if most is None else most,
+                stop=self.stop,
+                on_end=self._on_end,
+                compile=self.compile,
+            )
+
+        oldest, evicted = self._context.oldest, self.tokens_evicted
+        self._reply = Reply(
+            self, begin, turn=number, read=len(ids or ()), recalled=found, oldest=oldest, evicted=evicted
+        )
+        return self._reply
+
+    def _recalled(self, text: str) -> Sequence[Passage]:
+        """Passages for a turn, if any have left."""
+        if self.recall == "off" or not self.tokens_evicted:
+            return ()
+        budget = min(BUDGET_TOKENS, self._context.window // RECALL_SHARE)
+        return matching(self._index, text, self._context.place, count=self._count, budget_tokens=budget)
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    def _banned(self) -> list[int]:
+        """Ids that are never drawn."""
+        return sorted(end_ids(self.model, self.tokenizer)) if self._on_end == "ban" else []
+
+    # ---- a conversation that is on disk
+
+    def _settle_options(self, given: dict[str, Any]) -> CacheConfig:
+        """The cache that was asked for, now or when the session began."""
+        chosen = {name: value for name, value in given.items() if value is not None}
+        stored = self.transcript.get("cache", None)
+        if stored is None:
+            return CacheConfig(**chosen)
+        for name, value in chosen.items():
+            if value != stored.get(name):
+                raise ConfigError(
+                    f"{name}={value} contradicts the session, which was made with {stored.get(name)}: leave "
+                    "it out, or begin another session."
+                )
+        return CacheConfig(**stored)
+
+    def _open(self, sampling: SamplingConfig | None, *, is_new_system: bool) -> None:
+        """Write the settings of a new conversation, or go on with one that is on disk."""
+        fingerprint = dataclasses.asdict(self.cache.spec.fingerprint)
+        if is_new := not self.turns:
+            self.transcript.put("cache", dataclasses.asdict(self._context.asked))
+            self.transcript.put("fingerprint", fingerprint)
+        if is_new or is_new_system:
+            self.transcript.put("system", self.template.system)
+            self.transcript.put("template", self._options)
+        if is_new:
+            return
+        try:
+            if is_new_system:
+                raise StateError("The session has other instructions from here on.")  # noqa: TRY301 - same way out
+            self._restore(sampling)
+        except (StateError, KeyError, TypeError, ValueError) as error:
+            is_same = self.transcript.get("fingerprint", None) == fingerprint
+            said = str(error) if isinstance(error, StateError) else f"The saved state is damaged ({error!r})."
+            self.notes.append(f"{said} The window was read anew from the transcript.")
+            self._rebuild(is_same_model=is_same)
+            self.transcript.put("fingerprint", fingerprint)
+            self._save()
+
+    def _restore(self, sampling: SamplingConfig | None) -> None:
+        """Go on from the saved state, and from what the transcript has beyond it.
+
+        Raises:
+            StateError: there is none that fits.
+            KeyError, TypeError, ValueError: it is damaged.
+        """
+        assert self.session is not None
+        saved = load_state(self.session.state, self.model)
+        if saved.sampler is None:
+            raise StateError(f"{self.session.state} is no state of a session.")
+        self._context.sampler = saved.sampler.changed(sampling or saved.sampler.config, self._banned)
+        self._context.catch_up(saved, saved.metadata["chat"], self.transcript)
+
+    def _rebuild(self, *, is_same_model: bool = True) -> None:
+        """Read the newest turns that fit into the window anew."""
+        self._snapshots.clear()
+        self._context.reread(self.transcript, is_same_model=is_same_model)
+
+    def _make_whole(self) -> None:
+        """Read the window anew if an interrupt has left the cache half-written."""
+        if not self.cache.is_whole:
+            self.notes.append("The cache was interrupted half-way; the window was read anew from the transcript.")
+            self._rebuild()
+
+    def _save(self) -> None:
+        """Save the state of a session; if that fails it is only slower to go on, for the transcript has everything."""
+        if self.session is None or not self.template.is_incremental:
+            return
+        chat = self._context.metadata(self.transcript.last())
+        sampler = self._context.sampler
+        try:
+            save_state(self.session.state, self.cache, sampler=sampler, metadata={"chat": chat}, private=True)
+        except StateError as error:
+            self.notes.append(f"{error} The transcript has everything; going on will take a little longer.")

@@ -1,0 +1,587 @@
+"""Conversations: what is read, what stays, what can be taken back, and what a kill leaves."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from chats import CHATML, LAST_USER, talker
+from streamllm.cache import SinkCache
+from streamllm.config import SamplingConfig
+from streamllm.errors import BusyError, CacheError, ConfigError, InputError, StateError
+from streamllm.session import Chat
+from streamllm.sessions import Session
+
+GREEDY = SamplingConfig(temperature=0)
+SYSTEM = "You tell short stories about animals and you are always kind."
+SAID = [
+    "Who lives in the red house?",
+    "Tell me about a dog.",
+    "What did the bird say to Lily?",
+    "Where is the ball?",
+    "And then?",
+    "Why was Tom sad?",
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STREAMLLM_SESSIONS", str(tmp_path / "sessions"))
+    return tmp_path / "sessions"
+
+
+def make(template: str | None = CHATML, **options: object) -> Chat:
+    model, tokenizer = talker(template)
+    settings: dict[str, object] = {"sampling": GREEDY, "recall": "off", "max_tokens": 24, **options}
+    return Chat(model, tokenizer, **settings)  # type: ignore[arg-type]
+
+
+@contextmanager
+def watched(model: PreTrainedModel) -> Iterator[list[int]]:
+    """All ids that the model reads, in order, each time that it reads them."""
+    read: list[int] = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _, args: read.extend(args[0].flatten().tolist()))
+    try:
+        yield read
+    finally:
+        hook.remove()
+
+
+def talk(chat: Chat, turns: int, first: int = 0) -> list[str]:
+    return [chat.send(SAID[(first + n) % len(SAID)]).text() for n in range(turns)]
+
+
+# ---- what is read
+
+
+@pytest.mark.parametrize("system", [None, SYSTEM])
+def test_every_token_is_read_once_and_they_are_those_of_the_template(system: str | None) -> None:
+    """Reference: the template over the whole conversation at once."""
+    with make(system=system, window=120) as chat, watched(chat.model) as read:
+        replies = talk(chat, 8)
+        assert sum(row.finish == "end" for row in chat.history()) >= 3
+        assert chat.tokens_evicted > 50
+        messages = []
+        for said, reply in zip(SAID + SAID, replies, strict=False):
+            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": reply}]
+        messages.append({"role": "user", "content": "Bye"})
+        chat.send("Bye", max_tokens=1).text()
+        want = chat.tokenizer.apply_chat_template(
+            ([{"role": "system", "content": system}] if system else []) + messages, add_generation_prompt=True
+        )["input_ids"]
+        assert read == want
+        assert chat.tokens_seen == len(want)
+
+
+def test_plain_texts_are_joined_as_they_are() -> None:
+    """Reference: the tokenizer over each text; an end token stays, and a line end stands in where there is none."""
+    with make(None, max_tokens=6) as chat, watched(chat.model) as read:
+        assert chat.is_plain
+        assert len(chat.notes) == 1
+        first = chat.send("Once upon a time").text()
+        chat.send("The end of it", max_tokens=1).text()
+        encode = chat.tokenizer
+        want = encode("Once upon a time")["input_ids"] + encode(first, add_special_tokens=False)["input_ids"]
+        for text in ("\n", "The end of it"):
+            want += encode(text, add_special_tokens=False)["input_ids"]
+        assert read == want
+
+
+def test_the_system_prompt_never_leaves() -> None:
+    """Reference: a plain cache over the head and what is kept, dense."""
+    with make(system=SYSTEM, window=100) as chat:
+        talk(chat, 12)
+        head = chat.template.head
+        assert SYSTEM in chat.tokenizer.decode(head)
+        assert chat.cache.rows[0].pinned >= len(head)
+        assert chat.record is not None
+        assert chat.record.turns_evicted > 3
+        assert chat.cache.tokens_cached <= chat.cache.capacity
+
+
+def test_turns_leave_whole() -> None:
+    with make(system=SYSTEM, window=150) as chat, watched(chat.model) as read:
+        for turn in range(15):
+            chat.send(SAID[turn % len(SAID)]).text()
+            if chat.tokens_evicted:
+                kept = chat.cache.tokens_cached - chat.cache.rows[0].pinned
+                window = read[len(read) - kept :]
+                assert chat.tokenizer.decode(window).startswith("<|im_start|>user\n")
+        assert chat.turns_evicted > 5
+
+
+def test_a_turn_longer_than_the_window_streams_through() -> None:
+    with make(system=SYSTEM, window=64, block=16) as chat:
+        talk(chat, 2)
+        reply = chat.send("The cat sat on the mat. " * 60)
+        assert reply.text()
+        assert chat.cache.tokens_cached <= chat.cache.capacity
+        assert reply.record.turns_evicted == 2
+        assert reply.record.evicted_now is not None
+        assert talk(chat, 1)
+
+
+# ---- what a reply says
+
+
+def test_records_add_up() -> None:
+    with make(window=90) as chat:
+        left = 0
+        for number in range(1, 12):
+            before = chat.turns_evicted
+            reply = chat.send(SAID[number % len(SAID)])
+            reply.text()
+            record = reply.record
+            left += record.tokens_evicted_now
+            assert record.turn == number
+            assert record.tokens_seen == record.tokens_cached + record.tokens_evicted
+            assert record.tokens_evicted == left
+            assert 0 < record.occupancy <= 1
+            assert (record.evicted_now is None) == (chat.turns_evicted == before)
+            if record.evicted_now is not None:
+                assert record.evicted_now == (before + 1, chat.turns_evicted)
+                assert str(chat.turns_evicted) in record.evicted()
+            assert chat.stats is not None
+            assert chat.stats.tokens_seen == record.tokens_seen
+        assert left > 100
+
+
+def test_an_interrupted_reply_stays_to_its_last_token() -> None:
+    """Reference: the template over the whole conversation with the reply as far as it came."""
+    with make(window=150) as chat, watched(chat.model) as read:
+        reply = chat.send(SAID[0])
+        text = "".join(next(reply).text for _ in range(5))
+        second = chat.send(SAID[2], max_tokens=1)  # ends the first
+        assert reply.finish == "interrupted"
+        assert list(reply) == []
+        second.text()
+        messages = [
+            {"role": "user", "content": SAID[0]},
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": SAID[2]},
+        ]
+        assert read == chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        first = chat.transcript.turn(1)
+        assert (first.reply, first.finish, first.reply_tokens) == (text, "interrupted", 5)
+
+
+@pytest.mark.parametrize("window", [40, 150])
+def test_a_reply_that_was_cut_off_goes_on_as_if_it_had_not_been(window: int) -> None:
+    """Reference: the same reply, not cut off."""
+    with make(window=window, block=8) as whole, make(window=window, block=8) as cut:
+        want = whole.send(SAID[0], max_tokens=60).text()
+        reply = cut.send(SAID[0], max_tokens=60)
+        text = "".join(next(reply).text for _ in range(4))
+        reply.close()
+        assert cut.can_resume
+        while cut.can_resume and cut.transcript.turn(1).reply_tokens < 60:
+            text += cut.resume(max_tokens=min(7, 60 - cut.transcript.turn(1).reply_tokens)).text()
+        assert text == want == cut.transcript.turn(1).reply
+        if whole.transcript.turn(1).finish == "end":
+            with pytest.raises(CacheError, match="no reply that was cut off"):
+                cut.resume()
+
+
+# ---- taking back
+
+
+@pytest.mark.parametrize("window", [60, 250])
+def test_undo_is_as_if_the_turn_had_never_been(window: int) -> None:
+    """Reference: a conversation in which it never was, before and after evictions."""
+    with make(window=window) as chat, make(window=window) as other:
+        want = talk(other, 9)
+        assert talk(chat, 7) == want[:7]
+        chat.send("Something quite different.").text()
+        chat.send("And more.").text()
+        chat.undo(2)
+        assert chat.turns == 7
+        assert talk(chat, 2, first=7) == want[7:]
+        assert chat.tokens_seen == other.tokens_seen
+        assert (chat.cache.tokens_evicted > 0) == (window == 60)
+
+
+def test_regenerate_and_edit_change_a_turn_and_drop_what_came_after() -> None:
+    """Reference: for an edit a conversation in which that was said at once."""
+    with make(window=80) as chat, make(window=80) as other:
+        first = talk(chat, 6)
+        assert chat.regenerate().text() == first[-1]  # greedy
+        edited = chat.edit(4, "Tell me about a cat.").text()
+        assert chat.turns == 4
+        talk(other, 3)
+        assert other.send("Tell me about a cat.").text() == edited
+        with pytest.raises(ConfigError, match="no turn 9"):
+            chat.edit(9, "x")
+
+
+def test_another_reply_is_drawn_with_other_numbers() -> None:
+    with make(sampling=SamplingConfig(temperature=1.0, seed=3), max_tokens=30) as chat:
+        first = chat.send(SAID[1]).text()
+        assert len({first, *(chat.regenerate().text() for _ in range(4))}) > 1
+        assert chat.turns == 1
+
+
+def test_beyond_the_snapshots_the_answer_says_what_is_possible() -> None:
+    with make(window=80, snapshots=2) as chat:
+        talk(chat, 5)
+        with pytest.raises(CacheError, match="turns from 4 on can be"):
+            chat.undo(3)
+        assert chat.turns == 5
+        chat.undo(3, rebuild=True)
+        assert chat.turns == 2
+        assert chat.send(SAID[0]).text()
+
+
+def test_snapshots_are_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make(window=80, snapshots=3) as chat:
+        talk(chat, 6)
+        assert [kept.turn for kept in chat._snapshots] == [4, 5, 6]
+        monkeypatch.setattr(chat._snapshots, "most_bytes", chat.cache.bytes)
+        talk(chat, 1)
+        assert len(chat._snapshots) == 1
+    with make(window=80, snapshots=0) as chat:
+        talk(chat, 2)
+        with pytest.raises(CacheError, match="no turn can be taken back exactly"):
+            chat.undo()
+
+
+def test_a_fork_goes_its_own_way() -> None:
+    """Reference: the conversation that was forked."""
+    with make(window=80, sampling=SamplingConfig(seed=5)) as chat:
+        talk(chat, 5)
+        with chat.fork() as other:
+            assert talk(chat, 2, first=5) == talk(other, 2, first=5)
+            other.undo(3)
+            assert (chat.turns, other.turns) == (7, 4)
+            other.send("I go another way.").text()
+            assert chat.transcript.turn(5).user != other.transcript.turn(5).user
+
+
+def test_clear_begins_anew() -> None:
+    """Reference: a new conversation."""
+    with make(system=SYSTEM, window=80) as chat, make(system=SYSTEM, window=80) as other:
+        talk(chat, 4)
+        chat.clear()
+        assert chat.turns == 0
+        assert talk(chat, 2) == talk(other, 2)
+
+
+def test_other_instructions_are_pinned_and_the_window_is_read_behind_them() -> None:
+    with make(system=SYSTEM, window=150) as chat:
+        talk(chat, 3)
+        chat.set_system("Be brief.")
+        assert chat.system == "Be brief."
+        with watched(chat.model) as read:
+            chat.send("Hello").text()
+        assert "Be brief." in chat.tokenizer.decode(chat.template.head)
+        assert len(read) < 60  # the past was read when it was set, not again
+
+
+# ---- bad input
+
+
+def test_what_cannot_be_said_is_refused_and_changes_nothing() -> None:
+    with make() as chat:
+        talk(chat, 1)
+        for text in ("", "  \n"):
+            with pytest.raises(InputError, match="empty"):
+                chat.send(text)
+        with pytest.raises(InputError):
+            chat.send("half a character: \ud800")
+        with pytest.raises(ConfigError, match="recall must be"):
+            make(recall="maybe")
+        with pytest.raises(ConfigError, match="there are 1"):
+            chat.undo(2)
+        assert chat.turns == 1
+        assert chat.send("Go on.").text()
+
+
+def test_a_system_prompt_larger_than_the_window_is_refused_with_both_sizes() -> None:
+    with pytest.raises(ConfigError, match=r"system prompt has \d+ tokens, the window 16"):
+        make(system=SYSTEM * 4, window=16)
+    with pytest.raises(ConfigError, match=r"system prompt has \d+ tokens"):
+        make(system=SYSTEM * 100)
+    with make(system=SYSTEM, window=40) as chat, pytest.raises(ConfigError, match="system prompt"):
+        chat.set_system(SYSTEM * 50)
+    assert chat.system == SYSTEM
+
+
+def test_a_second_thread_is_refused() -> None:
+    with make() as chat:
+        reply = chat.send(SAID[0])
+        next(reply)
+        errors: list[BaseException] = []
+
+        def say() -> None:
+            try:
+                chat.send("Me too")
+            except BusyError as error:
+                errors.append(error)
+
+        with chat._alone():
+            thread = threading.Thread(target=say)
+            thread.start()
+            thread.join()
+        assert len(errors) == 1
+        assert "Another thread" in str(errors[0])
+        assert reply.text()
+
+
+def test_a_template_that_needs_the_whole_is_read_anew_each_turn() -> None:
+    """Reference: the template over the turns that fit."""
+    with make(LAST_USER, system=SYSTEM, window=130) as chat:
+        assert any("turn by turn" in note for note in chat.notes)
+        for number in range(6):
+            with watched(chat.model) as read:
+                reply = chat.send(SAID[number])
+                reply.text()
+            rows = list(chat.history())[:-1]
+            wants = []
+            for kept in range(len(rows) + 1):
+                messages = [{"role": "system", "content": SYSTEM}]
+                for row in rows[len(rows) - kept :]:
+                    messages += [{"role": "user", "content": row.user}, {"role": "assistant", "content": row.reply}]
+                messages.append({"role": "user", "content": SAID[number]})
+                wants.append(chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+            want = max((ids for ids in wants if len(ids) <= 130), key=len)
+            assert read[: len(want)] == want
+        chat.undo(2)
+        assert chat.turns == 4
+        assert chat.regenerate().text()
+
+
+def test_an_interrupted_cache_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make(window=80) as chat:
+        talk(chat, 5)
+
+        def broken(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SinkCache, "_carry_out", broken)
+            with pytest.raises(KeyboardInterrupt):
+                chat.send("A long sentence that must evict something, " * 4).text()
+        assert not chat.cache.is_whole
+        assert chat.send("Hello").text()
+        assert any("interrupted" in note for note in chat.notes)
+        assert chat.turns == 7
+
+
+# ---- on disk
+
+
+def test_a_session_goes_on_as_if_it_had_never_stopped() -> None:
+    """Reference: one that never stopped; sampled, so the random numbers go on as well."""
+    options = {"system": SYSTEM, "window": 100, "sampling": SamplingConfig(seed=11)}
+    with make(**options) as other:
+        want = talk(other, 8)
+    found = []
+    for first in range(0, 8, 2):
+        with make(session="talk", **(options if not first else {"sampling": None})) as chat:
+            assert chat.turns == first
+            with watched(chat.model) as read:
+                found.append(chat.send(SAID[first % len(SAID)], max_tokens=24).text())
+            assert len(read) < 120  # the past is not read again
+            found += talk(chat, 1, first=first + 1)
+            assert chat.notes == []
+    assert found == want
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "other course"])
+def test_without_its_state_a_session_is_read_from_the_transcript(folder: Path, damage: str) -> None:
+    with make(system=SYSTEM, session="talk", window=100) as chat:
+        talk(chat, 5)
+        kept = (folder / "talk" / "state.stream").read_bytes()
+        talk(chat, 1)
+        chat.undo(2)
+        talk(chat, 1, first=3)
+        seen = chat.tokens_seen
+    state = folder / "talk" / "state.stream"
+    if damage == "missing":
+        state.unlink()
+    else:
+        state.write_bytes(kept if damage == "other course" else kept[: len(kept) // 2])
+    with make(session="talk") as chat:
+        assert (chat.turns, chat.system) == (5, SYSTEM)
+        assert len(chat.notes) == 1
+        assert "read anew from the transcript" in chat.notes[0]
+        assert abs(chat.tokens_seen - seen) < 30
+        assert SYSTEM in chat.tokenizer.decode(chat.template.head)
+        assert chat.send("Hello").text()
+
+
+def test_a_session_of_another_model_is_read_anew_with_its_own_ids() -> None:
+    with make(None, session="talk", window=100) as chat:
+        talk(chat, 3)
+    model, tokenizer = talker(None)
+    other = type(model)(model.config).eval()
+    with Chat(other, tokenizer, session="talk", sampling=GREEDY, max_tokens=5) as chat:
+        assert chat.turns == 3
+        assert any("other weights" in note for note in chat.notes)
+        assert chat.send("Hello").text() is not None
+
+
+def test_what_contradicts_a_session_is_refused() -> None:
+    with make(session="talk", window=100) as chat:
+        talk(chat, 1)
+    with pytest.raises(ConfigError, match="window=90 contradicts"):
+        make(session="talk", window=90)
+    with make(session="talk", window=100) as chat:
+        assert chat.turns == 1
+        with pytest.raises(BusyError, match=str(os.getpid())):
+            make(session="talk")
+
+
+def test_a_fork_can_be_kept_as_a_session() -> None:
+    with make(window=100) as chat:
+        talk(chat, 4)
+        with chat.fork("kept") as kept:
+            assert kept.session is not None
+        want = talk(chat, 2, first=4)
+    with make(session="kept") as chat:
+        assert chat.turns == 4
+        assert talk(chat, 2, first=4) == want
+        other = Session("other")
+        other.transcript.begin("x", prompt_ids=[1], count=len)
+        with pytest.raises(ConfigError, match="not new"):
+            chat.fork(other)
+
+
+def test_a_full_disk_in_the_middle_of_a_reply_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the reply that met no full disk."""
+    with make() as other:
+        want = other.send(SAID[0], max_tokens=20).text()
+    with make(session="talk") as chat:
+        reply = chat.send(SAID[0], max_tokens=20)
+        text = "".join(next(reply).text for _ in range(4))
+        write = chat.transcript.write
+        with monkeypatch.context() as patch:
+
+            def full(*_: object) -> None:
+                raise StateError("The disk is full.")
+
+            patch.setattr(chat.transcript, "write", full)
+            with pytest.raises(StateError, match="full"):
+                next(reply)
+            with pytest.raises(StateError, match="full"):
+                chat.send("Hello")
+        assert chat.transcript.write == write
+        rest = chat.resume(max_tokens=15).text()
+        row = chat.transcript.turn(1)
+        assert row.reply == want
+        assert want.startswith(text)
+        assert want.endswith(rest)
+
+
+KILLED = """
+import sys
+from test_session import GREEDY, SAID, SYSTEM, make
+chat = make(system=SYSTEM, session="talk", window=100, max_tokens=40)
+print(chat.can_resume, flush=True)
+if chat.can_resume:
+    for chunk in chat.resume(max_tokens=40 - chat.transcript.last().reply_tokens):
+        print("token", flush=True)
+while chat.turns < 10:
+    for chunk in chat.send(SAID[chat.turns % len(SAID)]):
+        print("token", flush=True)
+chat.close()
+"""
+
+
+def test_a_session_that_was_killed_twice_says_what_it_would_have_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the conversation that was not killed, reply for reply and id for id."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    for tokens in (37, 61, None):
+        process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        seen = 0
+        for line in process.stdout:
+            seen += line == "token\n"
+            if seen == tokens:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        assert process.wait() == (0 if tokens is None else -signal.SIGKILL)
+    with make(system=SYSTEM, window=100, max_tokens=40) as other:
+        talk(other, 10)
+        want = [(row.user, row.reply, row.finish) for row in other.history()]
+        with make(session="talk") as chat:
+            assert [(row.user, row.reply, row.finish) for row in chat.history()] == want
+            for number in range(1, 11):
+                assert chat.transcript.reply_ids(number) == other.transcript.reply_ids(number)
+            assert chat.tokens_seen == other.tokens_seen
+
+
+# ---- recall
+
+
+def test_what_left_the_window_is_put_in_front_of_a_turn_that_asks_for_it() -> None:
+    with make(window=200, recall="auto") as chat, watched(chat.model) as read:
+        chat.send("The secret code of the treasure chest is 48151623.").text()
+        assert chat.search("treasure")[0].turn == 1
+        first = chat.send("What is the secret code of the treasure chest?")
+        assert first.recalled == ()  # it is still in the window
+        first.text()
+        talk(chat, 12)
+        assert chat.turns_evicted >= 2
+        reply = chat.send("What is the secret code of the treasure chest?")
+        del read[:]
+        reply.text()
+        assert any("48151623" in passage.text for passage in reply.record.recalled)
+        assert "48151623" in chat.tokenizer.decode(read)
+        row = chat.transcript.turn(chat.turns)
+        assert "48151623" in row.preface
+        assert row.user == "What is the secret code of the treasure chest?"
+
+
+def test_recall_can_be_off_and_passages_can_be_chosen() -> None:
+    with make(window=100) as chat:
+        chat.send("The secret code of the treasure chest is 48151623.").text()
+        talk(chat, 10)
+        reply = chat.send("What is the secret code of the treasure chest?")
+        assert reply.recalled == ()
+        reply.text()
+        found = chat.search("treasure chest", limit=1)
+        chosen = chat.send("Say it.", recall=found)
+        assert chosen.recalled == tuple(found)
+        chosen.text()
+
+
+# ---- without end
+
+
+def test_nothing_grows_with_the_conversation() -> None:
+    with make(window=60, snapshots=2, max_tokens=6, recall="auto") as chat:
+        for number in range(150):
+            chat.send(f"{SAID[number % len(SAID)]} {number}").text()
+            if number == 50:
+                size = chat.cache.bytes, len(chat._context.residents.turns), len(chat._snapshots)
+        assert (chat.cache.bytes, len(chat._snapshots)) == (size[0], size[2])
+        assert len(chat._context.residents.turns) <= 60
+        assert chat.turns_evicted > 140
+        alive = weakref.ref(chat)
+    del chat
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_compiled_conversation_says_the_same() -> None:
+    """Reference: the one that is not compiled."""
+    with make(window=100) as chat:
+        want = talk(chat, 6)
+    with make(window=100, compile=True) as chat, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streamllm.slots.compile_module", lambda step, *_, **__: step)
+        assert talk(chat, 4) == want[:4]
+        chat.undo(2)
+        assert talk(chat, 4, first=2) == want[2:]
