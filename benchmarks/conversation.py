@@ -36,13 +36,6 @@ REPLY = 32
 WHO = ("Lily", "Tom", "the dog", "a little bird", "the old bear", "Mia", "the green frog", "Ben and his friend")
 DID = ("found a red ball", "lost a shoe", "went to the park", "saw a big tree", "baked a cake", "heard a funny sound")
 WHERE = ("near the river", "in the garden", "under the bed", "behind the house", "on the hill", "by the road")
-    "near the river",
-    "in the garden",
-    "under the bed",
-    "behind the house",
-    "on the hill",
-    "at the end of the road",
-)
 
 
 def messages(turns: int, seed: int) -> Iterator[str]:

@@ -42,6 +42,25 @@ def quit_now(number: int, _frame: FrameType | None = None) -> None:
     os._exit(128 + number)
 
 
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Within the block a signal raises ``SystemExit``, so that what is half made is taken away again."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in _STOPPING if hasattr(signal, name)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Signals:
     """Ctrl-C and its kin. They end the process at once, until ``defer``: then the first one is only noted.
 
