@@ -234,6 +234,23 @@ def test_dropout_and_heads_that_do_not_fit_are_torchs_own_matter(monkeypatch: py
     assert counted.own == 0
 
 
+def test_prompts_of_all_lengths_are_few_shapes_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: torch's own product; oneDNN keeps code for each number of rows that it ever saw."""
+    weight, seen = draw(5, 8), set()
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.add(len(rows))
+        return functional.linear(rows, weight, bias)
+
+    monkeypatch.setattr(quick_forms, "_onednn", product)
+    for rows in range(2, 200):
+        x = draw(rows, 8, seed=rows)
+        with QuickForms():
+            found = functional.linear(x, weight)
+        check_close(found, x @ weight.T)
+    assert len(seen) == 15 + 12
+
+
 # ---- packed weights
 
 

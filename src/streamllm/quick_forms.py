@@ -20,6 +20,11 @@ from torch.overrides import TorchFunctionMode
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
+ROWS = 16
+"""oneDNN makes code for every number of rows, and keeps it: hundreds of megabytes for prompts of all lengths. So many
+rows at a time make sixteen times fewer."""
+
+
 class QuickForms(TorchFunctionMode):
     """While it is on, linear layers are computed in those forms on a processor, where gradients are not wanted.
 
@@ -53,8 +58,20 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return None
     if not HAS_ONEDNN or torch.is_grad_enabled():
         return None
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(input.reshape(rows, -1), weight, bias, "none", [], "")
+    out = _onednn(_rounded(input.reshape(rows, -1)), weight, bias)[:rows]
     return out.reshape(*input.shape[:-1], -1)
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """Rows [R, K] and as many of zeros as make them a multiple of ``ROWS``, if they are more than that."""
+    spare = -len(rows) % ROWS if len(rows) > ROWS else 0
+    return functional.pad(rows, (0, 0, 0, spare)) if spare else rows
+
+
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product by oneDNN."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return out
 
 
 def _row(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
