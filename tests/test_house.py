@@ -144,7 +144,11 @@ def test_no_file_names_a_folder_of_the_machine_it_was_written_on() -> None:
     folders = ["work/", "root/", "home/[a-z]", "Users/[A-Za-z]", "tmp/[A-Za-z0-9]", "opt/[a-z]"]
     pattern = re.compile(r"(?<![\w.:/*\\-])/(?:" + "|".join(folders) + ")")
     texts = [ROOT / name for name in ("Makefile", "pyproject.toml", "constraints.txt")]
-    texts += [file for name in ("src", "tests", "benchmarks", "recipes", "docs") for file in (ROOT / name).rglob("*")]
+    texts += [
+        file
+        for name in ("src", "tests", "benchmarks", "examples", "recipes", "docs")
+        for file in (ROOT / name).rglob("*")
+    ]
     texts += ROOT.glob("*.md")
     found = [
         f"{file.relative_to(ROOT)}: {line.strip()}"

@@ -378,6 +378,32 @@ def test_an_interrupted_cache_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> N
         assert chat.turns == 7
 
 
+def test_a_turn_that_was_broken_off_while_it_was_read_is_read_anew() -> None:
+    """Reference: how far the cache had come, and what the window then ends with."""
+    with make(window=200, session="talk") as chat:
+        talk(chat, 2)
+        text = "The cat sat on the mat and looked at the moon. " * 60
+        seen: list[int] = []
+
+        def stop(tokens: int) -> None:
+            seen.append(tokens)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+        reply = chat.send(text, progress=stop)
+        with pytest.raises(KeyboardInterrupt):
+            next(reply)
+        assert reply.finish == "interrupted"
+        assert seen == sorted(set(seen))
+        with watched(chat.model) as read:
+            assert chat.send("Hello", max_tokens=3).text() is not None
+        assert any("interrupted" in note for note in chat.notes)
+        assert len(read) < 300
+        assert "looked at the moon" in chat.tokenizer.decode(read)
+    with make(session="talk") as chat:
+        assert (chat.turns, chat.notes) == (4, [])
+
+
 # ---- on disk
 
 

@@ -239,6 +239,21 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
     assert [path.name for path in tmp_path.iterdir()] == ["d.stream"]
 
 
+@pytest.mark.parametrize("umask", [0, 0o22, 0o777])
+def test_a_private_file_is_its_owners_alone_whatever_the_umask(
+    model: PreTrainedModel, tmp_path: Path, umask: int
+) -> None:
+    """Reference: mode 0600; an ordinary file keeps to the umask."""
+    before = os.umask(umask)
+    try:
+        save_state(tmp_path / "private.stream", SinkCache(model, S, W, B), private=True)
+        save_state(tmp_path / "ordinary.stream", SinkCache(model, S, W, B))
+    finally:
+        os.umask(before)
+    modes = {path.stem: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"private": 0o600, "ordinary": 0o666 & ~umask}
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="needs root to mount a tiny disk")
 def test_a_really_full_disk_is_one_sentence(model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
     """Reference: a file system of 64 KiB, which a stream of 200 rows does not fit."""

@@ -206,6 +206,16 @@ def test_an_end_token_after_the_last_reply_hides_nothing_of_the_head() -> None:
     assert ChatTemplate(tokenizer, SYSTEM).head == made("chatml")[0].head
 
 
+@pytest.mark.parametrize("name", ["chatml", "thinking", "dated", "headers", "colons", None])
+def test_what_closes_a_reply_is_counted_apart_from_the_turn_after_it(name: str | None) -> None:
+    """Reference: the first turn, which is spelt as every other one where no system prompt is part of it."""
+    template = made(name)[0] if name else ChatTemplate(chat_tokenizer(None))
+    for end_id in (None, 0):
+        piece, closing = template.following("Hello.", end_id), template.closing(end_id)
+        assert piece[closing:] == template.opening("Hello.")
+        assert closing > 0
+
+
 def test_the_end_token_of_a_reply_changes_nothing_where_the_template_closes_it() -> None:
     """Reference: the piece after a reply that was cut off."""
     template, _ = made("chatml")

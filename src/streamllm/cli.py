@@ -1,4 +1,4 @@
-"""The commands: ``run``, ``train``, ``doctor``, ``config``; ``eval`` has a file of its own (``cli_eval``).
+"""The commands: ``run``, ``train``, ``doctor``, ``config``; the others have files of their own (``cli_eval``, ...).
 
 They turn flags into calls and results into lines; every rule stands elsewhere. Heavy modules are imported inside the
 commands, so that ``--help`` and ``--version`` answer at once. Errors leave as exceptions: ``__main__`` has the one
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import streamllm
-from streamllm import cli_bench, cli_eval
+from streamllm import cli_bench, cli_eval, cli_pipe, cli_sessions
 from streamllm.config import CacheConfig, SamplingConfig
 from streamllm.console import Answer, Screen
 from streamllm.corpus import Source
@@ -89,8 +89,9 @@ def top(
     except ConfigError as error:
         ctx.obj = error  # raised by the command itself, so that --help works beside a broken file
     else:
-        ctx.default_map = dict.fromkeys(("run", "train", "bench", "doctor"), values)
+        ctx.default_map = dict.fromkeys(("run", "pipe", "train", "bench", "doctor"), values)
         ctx.default_map["eval"] = dict.fromkeys(EVALUATIONS, values)
+        ctx.default_map["sessions"] = dict.fromkeys(cli_sessions.COMMANDS, values)
 
 
 @app.command()
@@ -243,6 +244,8 @@ def train(
 
 app.add_typer(cli_eval.app, name="eval")
 app.command()(cli_bench.bench)
+app.command()(cli_pipe.pipe)
+app.add_typer(cli_sessions.app, name="sessions")
 
 
 @app.command()

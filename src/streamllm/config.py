@@ -36,6 +36,9 @@ ones as those of none, those of 16 up to 1.4 times, those of 32 three times."""
 PREFILL_CHUNK = 256
 """Tokens read in one forward while a prompt crosses evictions; 64, one block, would leave half the machine idle."""
 
+ANSWER_TOKENS = 256
+"""Tokens of one answer of a pipe at most, because a pipe must go on."""
+
 
 class _Shown:
     """A repr that shows only what differs from the defaults."""

@@ -42,6 +42,25 @@ def quit_now(number: int, _frame: FrameType | None = None) -> None:
     os._exit(128 + number)
 
 
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Within the block a signal raises ``SystemExit``, so that what is half made is taken away again."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in _STOPPING if hasattr(signal, name)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Signals:
     """Ctrl-C and its kin. They end the process at once, until ``defer``: then the first one is only noted.
 
@@ -99,10 +118,16 @@ def read_stdin(signals: Signals, idle: Callable[[], None]) -> Iterator[str]:
         return
     from streamllm.reading import decode_utf8
 
-    yield from decode_utf8(_read_bytes(signals, idle))
+    yield from decode_utf8(read_bytes(signals, idle))
 
 
-def _read_bytes(signals: Signals, idle: Callable[[], None]) -> Iterator[bytes]:
+def read_bytes(signals: Signals, idle: Callable[[], None], size: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Yield standard input as it comes, at most ``size`` bytes at once; ends early when a signal was received.
+
+    ``idle`` is called once if nothing at all comes for a while.
+    """
+    if sys.stdin is None:
+        return
     began: float | None = time.monotonic()  # None: something came, or idle was called
     try:
         number: int | None = sys.stdin.fileno()
@@ -110,14 +135,14 @@ def _read_bytes(signals: Signals, idle: Callable[[], None]) -> Iterator[bytes]:
         number = None
     while signals.received is None:
         if number is None:
-            data: bytes = sys.stdin.buffer.read(PIECE_BYTES)
+            data: bytes = sys.stdin.buffer.read(size)
         elif os.name != "nt" and not select.select([number], [], [], 0.1)[0]:
             if began is not None and time.monotonic() - began > PATIENCE:
                 began = None
                 idle()
             continue  # a signal would not end a read that waits
         else:
-            data = os.read(number, PIECE_BYTES)
+            data = os.read(number, size)
         began = None
         if not data:
             return

@@ -52,6 +52,7 @@ class Context:
     def __post_init__(self) -> None:
         self.cache = self._new_cache(self.template)
         self.residents = Residents()
+        self._due = 0  # tokens that the cache must have seen before a reply can begin
 
     # ---- counters
 
@@ -59,6 +60,11 @@ class Context:
     def window(self) -> int:
         """Tokens of the window."""
         return self.cache.config.window or 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the cache holds what it should: no interrupt has left it half-written, or a turn half-read."""
+        return self.cache.is_whole and self.cache.tokens_seen + len(self.cache.unread) >= self._due
 
     @property
     def tokens_seen(self) -> int:
@@ -96,11 +102,15 @@ class Context:
             return self.template.head + self.template.opening(content), 0
         return self.template.following(content, last.end_id), self.template.closing(last.end_id)
 
-    def enter(self, number: int, closing: int, skipped: int = 0) -> None:
-        """Turn ``number`` begins with what is read next; ``skipped``: tokens of it that will not be read."""
-        unread = len(self.cache.unread)
-        self.residents.begin(number, self.cache.tokens_seen + unread - skipped)
-        self.cache.mark(unread + closing)
+    def enter(self, number: int, tokens: int, closing: int, skipped: int = 0) -> None:
+        """Turn ``number`` begins: ``tokens`` are read next, of which ``closing`` still belong to the turn before.
+
+        ``skipped``: tokens of it that will not be read.
+        """
+        first = self.cache.tokens_seen + len(self.cache.unread)
+        self.residents.begin(number, first - skipped)
+        self.cache.mark(len(self.cache.unread) + closing)
+        self._due = first + tokens
 
     def snapshot(self, number: int) -> Snapshot:
         """The stream where turn ``number`` begins."""
@@ -108,7 +118,7 @@ class Context:
 
     def go_back(self, snapshot: Snapshot) -> None:
         """Be as at ``snapshot`` again; the random numbers go on."""
-        self.cache, self.residents = snapshot.cache.fork(), snapshot.residents.copy()
+        self.cache, self.residents, self._due = snapshot.cache.fork(), snapshot.residents.copy(), 0
         self.sampler.recent.clear()
         self.sampler.observe(snapshot.recent)
 
@@ -128,7 +138,7 @@ class Context:
             ConfigError: its system prompt is larger than the window; nothing has changed then.
         """
         self.cache = self._new_cache(template)
-        self.template, self.residents = template, Residents()
+        self.template, self.residents, self._due = template, Residents(), 0
 
     def reread(self, transcript: Transcript, *, is_same_model: bool = True) -> None:
         """Read the newest turns that fit into the window anew; ``is_same_model``: their ids are known."""
@@ -137,7 +147,7 @@ class Context:
             return
         pieces = tail(transcript, self.template, self.tokenizer, self.window, is_same_model=is_same_model)
         for piece in pieces:
-            self.enter(piece.number, piece.closing, piece.skipped)
+            self.enter(piece.number, len(piece.ids), piece.closing, piece.skipped)
             read(self.model, self.tokenizer, self.cache, piece.ids)
             self.sampler.observe(piece.ids)
         self.residents.before = max(0, transcript.tokens() - sum(len(piece.ids) for piece in pieces))
@@ -158,7 +168,7 @@ class Context:
     def forget(self, tokens: int) -> None:
         """Empty the cache; of the conversation's ``tokens`` none is in it."""
         self.cache.reset()
-        self.residents = Residents(before=tokens)
+        self.residents, self._due = Residents(before=tokens), 0
 
     # ---- on disk
 
@@ -196,8 +206,9 @@ class Context:
             self._replay(first, None, transcript.reply_ids(number)[place["tokens"] :])
         last = first
         for row in transcript.turns(number + 1):
-            self.enter(row.number, self.template.closing(last.end_id) if last else 0)
-            self._replay(row, transcript.prompt_ids(row.number), transcript.reply_ids(row.number))
+            ids = transcript.prompt_ids(row.number)
+            self.enter(row.number, len(ids), self.template.closing(last.end_id) if last else 0)
+            self._replay(row, ids, transcript.reply_ids(row.number))
             last = row
 
     def _replay(self, row: TurnRow, prompt: list[int] | None, ids: list[int]) -> None:

@@ -126,8 +126,10 @@ def sizes(cache: SinkCache) -> str:
     """Return the sum of what a cache holds, and its bytes, in words."""
     config = cache.config
     assert config.window is not None
+    pinned = max(row.pinned for row in cache.rows)
+    head = f"{pinned} pinned" if pinned > config.sinks else f"{config.sinks} sinks"
     return (
-        f"{config.sinks} sinks + {grouped(config.window)} window + {config.block - 1} block slack = "
+        f"{head} + {grouped(config.window)} window + {config.block - 1} block slack = "
         f"{grouped(cache.capacity)} tokens, {size(cache.bytes_when_full)}"
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -17,12 +18,12 @@ _MANNERS = ("json", "quiet", "debug")
 _SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
 
 
-def setting(name: str) -> Any:
-    """The flag of a setting, with its environment variable and help."""
+def setting(name: str, *, help: str | None = None) -> Any:
+    """The flag of a setting, with its environment variable and help, if it is not another one here."""
     known = SETTINGS[name]
     flags = [known.flag] if known.short is None else [known.short, known.flag]
     metavar = "TEXT" if known.kind is list else None
-    return typer.Option(*flags, envvar=known.env, help=known.help, metavar=metavar)
+    return typer.Option(*flags, envvar=known.env, help=help or known.help, metavar=metavar)
 
 
 def one_off(*flags: str, help: str, command: str) -> Any:
@@ -78,6 +79,24 @@ def settled(ctx: typer.Context, values: dict[str, Any]) -> Iterator[str]:
                     yield flag
                 elif each is not False:
                     yield from (flag, str(each))
+
+
+def options(name: str, pairs: Iterable[str]) -> dict[str, Any]:
+    """Values by name, from texts such as ``name=value``; what is JSON, such as true or 3, is taken so.
+
+    Raises:
+        ConfigError: there is no ``=``.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, is_there, value = pair.partition("=")
+        if not key or not is_there:
+            raise ConfigError(f"--{name} takes name=value, you gave {pair!r}.")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
 
 
 def split(name: str, text: str, kind: type) -> tuple[Any, ...]:

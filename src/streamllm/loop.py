@@ -12,7 +12,7 @@ import inspect
 import operator
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,6 +70,7 @@ def stream(
     on_end: OnEnd = "stop",
     decoder: Decoder | None = None,
     compile: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> Iterator[Chunk]:
     """Generate without end, in constant memory.
 
@@ -89,6 +90,8 @@ def stream(
         decoder: spells the ids, with what it knows of earlier ones; ``None``: a new one.
         compile: compile the step that reads one token, which takes up to a minute the first time and a second from
             then on; where that cannot be, a ``StreamLLMWarning`` says so and the stream goes on without.
+        progress: told the tokens that the cache has seen, after each step of reading a long prompt; what it raises
+            breaks the stream off.
 
     Yields:
         One ``Chunk`` a token. Closing the iterator leaves ``cache`` usable.
@@ -118,13 +121,14 @@ def stream(
         on_end=on_end,
         decoder=decoder,
     )
-    return _run(turn, compiles=compile)
+    return _run(turn, compiles=compile, progress=progress)
 
 
-def _run(turn: Turn, *, compiles: bool) -> Iterator[Chunk]:
+def _run(turn: Turn, *, compiles: bool, progress: Callable[[int], None] | None) -> Iterator[Chunk]:
     """Drive one stream."""
     for _ in turn.read():
-        pass
+        if progress is not None:
+            progress(turn.cache.tokens_seen)
     if turn.max_tokens == 0:
         yield turn.leave_unread()
         return

@@ -12,7 +12,7 @@ import itertools
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from streamllm.cache import SinkCache
-    from streamllm.detokenize import Decoder
     from streamllm.loop import Chunk
     from streamllm.sampling import Sampler
     from streamllm.state import SavedStream
@@ -83,24 +82,26 @@ class Job:
             # 2. the model, and the stream to go on with
             from streamllm import models
             from streamllm.checkpoint import shown
+            from streamllm.detokenize import Decoder
+            from streamllm.loop import end_ids, stream
 
             folder = models.locate(self.model)
             name = shown(folder)
             screen.spin(f"loading {name}")
             model, tokenizer = models.load(folder, device=self.device, dtype=self.dtype, quantize=self.quantize)
-            saved = self._open(model, tokenizer)
+            saved = open_stream(model, tokenizer, self.cache, self.resume, self.explicit)
             on_end = self._on_end(tokenizer)
-            sampler, decoder = self._voice(model, tokenizer, saved, on_end)
-            _banner(screen, name, saved.cache, model)
+            banned = sorted(end_ids(model, tokenizer)) if on_end == "ban" else []
+            sampler = go_on_drawing(model, saved.sampler, self.sampling, self.explicit, banned)
+            decoder = saved.decoder or Decoder(tokenizer)
+            show_banner(screen, name, saved.cache, model)
 
             # 3. the stream
-            from streamllm.loop import stream
-
             signals.defer()
             prompt = None
             if first is not None:
                 all_pieces = itertools.chain([first], pieces)
-                prompt = screen.watch(all_pieces, signals, lambda: _reading(saved.cache))
+                prompt = screen.watch(all_pieces, signals, lambda: reading(saved.cache))
             chunks = stream(
                 model,
                 tokenizer,
@@ -135,51 +136,11 @@ class Job:
         if not self.quiet:
             screen.line("waiting for standard input, which is read to its end first; nothing to pipe? add < /dev/null")
 
-    def _open(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SavedStream:
-        """Begin a stream, or read a saved one."""
-        from streamllm.cache import SinkCache
-        from streamllm.state import SavedStream, load_state
-
-        if self.resume is None:
-            config = self.cache
-            return SavedStream(SinkCache(model, config.sinks, config.window, config.block, kv_dtype=config.kv_dtype))
-        saved = load_state(self.resume, model, tokenizer)
-        for name in CACHE_FLAGS:
-            here, there = getattr(self.cache, name), getattr(saved.cache.config, name)
-            if name in self.explicit and here != there:
-                raise ConfigError(
-                    f"{SETTINGS[name].flag} {here} contradicts {self.resume}, which was saved with {there} and keeps "
-                    "it: leave the flag out, or begin a new stream."
-                )
-        return saved
-
     def _on_end(self, tokenizer: PreTrainedTokenizerBase) -> OnEnd:
         """What an end token does: a base model may begin another text, a chat model would begin a user's turn."""
         if not self.endless:
             return "stop"
         return "ban" if getattr(tokenizer, "chat_template", None) else "pass"
-
-    def _voice(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: SavedStream, on_end: OnEnd
-    ) -> tuple[Sampler, Decoder]:
-        """Return what draws and what spells: the saved ones, as far as no flag says otherwise."""
-        from streamllm.detokenize import Decoder
-        from streamllm.loop import end_ids
-        from streamllm.sampling import Sampler
-
-        banned = sorted(end_ids(model, tokenizer)) if on_end == "ban" else []
-        decoder = saved.decoder or Decoder(tokenizer)
-        if saved.sampler is None:
-            return Sampler(self.sampling, device=model.device, banned=banned), decoder
-        state = saved.sampler.state()
-        changed = {name: getattr(self.sampling, name) for name in SAMPLING_FLAGS if name in self.explicit}
-        state["config"].update(changed)
-        state["banned"] = banned
-        if "seed" not in changed:
-            return Sampler.from_state(state, device=model.device), decoder
-        sampler = Sampler(SamplingConfig(**state["config"]), device=model.device, banned=banned)
-        sampler.observe(state["recent"])
-        return sampler, decoder
 
     def _show(self, chunks: Iterator[Chunk], answer: Answer, screen: Screen, signals: Signals) -> Chunk | None:
         """Write the stream as it comes, until it ends, a signal comes or nobody listens; return its last chunk."""
@@ -197,6 +158,64 @@ class Job:
         elif answer.is_terminal:
             answer.write("\n")
         return last
+
+
+def open_stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: CacheConfig,
+    resume: Path | None,
+    explicit: frozenset[str],
+) -> SavedStream:
+    """Begin a stream, or read a saved one.
+
+    Args:
+        model, tokenizer: of the stream.
+        config: of a new cache; a saved one keeps its own.
+        resume: the file of the saved one.
+        explicit: names of the settings that stand on the command line itself.
+
+    Raises:
+        StateError: the file cannot be used.
+        ConfigError: the cache cannot be, or an explicit setting contradicts the saved one.
+    """
+    from streamllm.cache import SinkCache
+    from streamllm.state import SavedStream, load_state
+
+    if resume is None:
+        return SavedStream(SinkCache(model, config.sinks, config.window, config.block, kv_dtype=config.kv_dtype))
+    saved = load_state(resume, model, tokenizer)
+    for name in CACHE_FLAGS:
+        here, there = getattr(config, name), getattr(saved.cache.config, name)
+        if name in explicit and here != there:
+            raise ConfigError(
+                f"{SETTINGS[name].flag} {here} contradicts {resume}, which was saved with {there} and keeps "
+                "it: leave the flag out, or begin a new stream."
+            )
+    return saved
+
+
+def go_on_drawing(
+    model: PreTrainedModel,
+    saved: Sampler | None,
+    config: SamplingConfig,
+    explicit: frozenset[str],
+    banned: Sequence[int] = (),
+) -> Sampler:
+    """Return a sampler: the saved one, as far as no explicit setting says otherwise, or a new one."""
+    from streamllm.sampling import Sampler
+
+    if saved is None:
+        return Sampler(config, device=model.device, banned=banned)
+    state = saved.state()
+    changed = {name: getattr(config, name) for name in SAMPLING_FLAGS if name in explicit}
+    state["config"].update(changed)
+    state["banned"] = list(banned)
+    if "seed" not in changed:
+        return Sampler.from_state(state, device=model.device)
+    sampler = Sampler(SamplingConfig(**state["config"]), device=model.device, banned=banned)
+    sampler.observe(state["recent"])
+    return sampler
 
 
 @contextlib.contextmanager
@@ -261,7 +280,7 @@ def _json_line(kind: str, **fields: Any) -> str:
     return json.dumps({"type": kind, **fields}) + "\n"
 
 
-def _banner(screen: Screen, name: str, cache: SinkCache, model: PreTrainedModel) -> None:
+def show_banner(screen: Screen, name: str, cache: SinkCache, model: PreTrainedModel) -> None:
     """Say what runs, in how much room, and what not to expect."""
     from streamllm.doctor import sizes
     from streamllm.quantize import numbers_of
@@ -271,5 +290,6 @@ def _banner(screen: Screen, name: str, cache: SinkCache, model: PreTrainedModel)
     screen.note("What has left the window is forgotten: fluent for ever is not remembering for ever. Ctrl-C stops.")
 
 
-def _reading(cache: SinkCache) -> str:
+def reading(cache: SinkCache) -> str:
+    """Say how far a prompt was read."""
     return f"reading · {cache.tokens_seen:,} tokens".replace(",", " ")

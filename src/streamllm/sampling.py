@@ -77,7 +77,7 @@ class Sampler:
         }
 
     def changed(self, config: SamplingConfig, banned: Sequence[int] = ()) -> Sampler:
-        """A sampler with other settings that has seen the same, and goes on with the draws unless the seed is another."""
+        """A sampler with other settings that has seen the same; the draws go on unless the seed is another."""
         device = self._generator.device
         if config.seed == self.config.seed:
             state = {**self.state(), "config": dataclasses.asdict(config), "banned": sorted(banned)}

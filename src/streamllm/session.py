@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -208,13 +208,22 @@ class Chat:
 
     # ---- what is said
 
-    def send(self, text: str, *, recall: Sequence[Passage] | None = None, max_tokens: int | None = None) -> Reply:
+    def send(
+        self,
+        text: str,
+        *,
+        recall: Sequence[Passage] | None = None,
+        max_tokens: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Reply:
         """Say something; the reply is read from what is given back.
 
         Args:
             text: what to say. It is in the transcript when this returns.
             recall: passages to put in front of it; ``None``: as the conversation's ``recall`` says.
             max_tokens: of this reply, instead of the conversation's.
+            progress: told the tokens that the cache has seen, after each step of reading a long text; what it raises
+                breaks the reply off.
 
         Raises:
             InputError: the text is empty or cannot be encoded.
@@ -238,11 +247,14 @@ class Chat:
                 context.forget(max(0, self.transcript.tokens() - len(ids)))
             elif self._snapshots.most:
                 self._snapshots.keep(context.snapshot(number))
-            context.enter(number, closing)
-            return self._answer(number, ids, found, max_tokens)
+            context.enter(number, len(ids), closing)
+            return self._answer(number, ids, found, max_tokens, progress)
 
-    def resume(self, *, max_tokens: int | None = None) -> Reply:
+    def resume(self, *, max_tokens: int | None = None, progress: Callable[[int], None] | None = None) -> Reply:
         """Go on with the last reply, which was cut off.
+
+        Args:
+            max_tokens, progress: as of ``send``.
 
         Raises:
             CacheError: there is none, or it has ended by itself.
@@ -259,7 +271,7 @@ class Chat:
                 ids = self._context.whole(self.transcript, last.preface + last.user, last.number)
                 ids += self.transcript.reply_ids(last.number)
             self.transcript.reopen()
-            return self._answer(self.turns, ids, (), max_tokens)
+            return self._answer(self.turns, ids, (), max_tokens, progress)
 
     def undo(self, turns: int = 1, *, rebuild: bool = False) -> None:
         """Take the last turns back.
@@ -456,7 +468,14 @@ class Chat:
         self.transcript.write(*self._pending)
         self._pending = None
 
-    def _answer(self, number: int, ids: list[int] | None, found: tuple[Passage, ...], most: int | None) -> Reply:
+    def _answer(
+        self,
+        number: int,
+        ids: list[int] | None,
+        found: tuple[Passage, ...],
+        most: int | None,
+        progress: Callable[[int], None] | None,
+    ) -> Reply:
         """The reply that comes after ``ids`` are read."""
 
         def begin() -> Iterator[Chunk]:
@@ -470,6 +489,7 @@ class Chat:
                 stop=self.stop,
                 on_end=self._on_end,
                 compile=self.compile,
+                progress=progress,
             )
 
         oldest, evicted = self._context.oldest, self.tokens_evicted
@@ -553,14 +573,14 @@ class Chat:
         self._context.reread(self.transcript, is_same_model=is_same_model)
 
     def _make_whole(self) -> None:
-        """Read the window anew if an interrupt has left the cache half-written."""
-        if not self.cache.is_whole:
-            self.notes.append("The cache was interrupted half-way; the window was read anew from the transcript.")
+        """Read the window anew if an interrupt has left the cache half-written, or a turn half-read."""
+        if not self._context.is_whole:
+            self.notes.append("Reading was interrupted half-way; the window was read anew from the transcript.")
             self._rebuild()
 
     def _save(self) -> None:
         """Save the state of a session; if that fails it is only slower to go on, for the transcript has everything."""
-        if self.session is None or not self.template.is_incremental:
+        if self.session is None or not self.template.is_incremental or not self._context.is_whole:
             return
         chat = self._context.metadata(self.transcript.last())
         sampler = self._context.sampler
