@@ -45,26 +45,30 @@ class Database:
         application: SQLite's ``application_id``, by which a file is known to be ours.
         format: version of the tables, >= 1; a file with another one is refused.
         schema: the statements that make the tables.
+        read_only: only look at a file that is there; another process may be writing it.
 
     Raises:
         StateError: the file cannot be opened, is damaged (a copy is kept), of another program or of another version.
     """
 
-    def __init__(self, path: Path | None, *, application: int, format: int, schema: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path | None, *, application: int, format: int, schema: Sequence[str], read_only: bool = False
+    ) -> None:
         self.path = path
         self._application = application
         self._format = format
-        is_new = path is None or self._create(path) or not self._probe(path)
+        self._is_read_only = read_only
+        is_new = path is None or (not read_only and self._create(path)) or not self._probe(path)
+        if read_only and (path is None or is_new):
+            raise StateError(f"There is nothing in {path} to look at; open it to write first.")
         with self._sentences():
-            self._connection = sqlite3.connect(path or "", isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-        if is_new:
-            with self.transaction() as connection:
-                for statement in schema:
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {application}")
-                connection.execute(f"PRAGMA user_version = {format}")
+            self._connection = _look_at(path) if read_only and path else _connect(path or "")
+        if not read_only:
+            try:
+                self._prepare(schema if is_new else ())
+            except BaseException:  # the caller has nothing to close
+                self.close()
+                raise
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -152,10 +156,8 @@ class Database:
     def _probe(self, path: Path) -> bool:
         """Whether the file has tables; refuses what is damaged or not ours, without changing a byte."""
         with self._sentences():
-            # A connection that may write would write the log back into a file that may be damaged, when it is closed;
-            # one that may not leaves files beside it, unless it is told that nobody writes.
-            how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
-            probe = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)
+            # One that may write would write the log back into a file that may be damaged, when it is closed.
+            probe = _look_at(path)
             try:
                 (application,) = probe.execute("PRAGMA application_id").fetchone()
                 (found,) = probe.execute("PRAGMA user_version").fetchone()
@@ -169,12 +171,23 @@ class Database:
                         f"{path} has format {found}, this version reads format {self._format}; "
                         "use the version of streamllm that wrote it."
                     )
-                whole = path.stat().st_size <= CHECKED_BYTES
+                whole = not self._is_read_only and path.stat().st_size <= CHECKED_BYTES
                 if whole and (problem := probe.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                     raise self._damaged(problem.splitlines()[-1])
             finally:
                 probe.close()
         return bool(tables)
+
+    def _prepare(self, schema: Sequence[str]) -> None:
+        """Set how the file is written, and make the tables of a new one."""
+        self.rows("PRAGMA journal_mode = WAL")
+        self.rows("PRAGMA synchronous = NORMAL")
+        if schema:
+            with self.transaction() as connection:
+                for statement in schema:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {self._application}")
+                connection.execute(f"PRAGMA user_version = {self._format}")
 
     # ---- errors
 
@@ -191,8 +204,10 @@ class Database:
             raise StateError(f"Cannot use {what}: {error}; {_NEXT.get(code, 'look at the file')}.") from error
 
     def _damaged(self, reason: object) -> StateError:
-        """Keep a copy, and say so."""
+        """Keep a copy, and say so; who only looks leaves nothing behind."""
         assert self.path is not None
+        if self._is_read_only:
+            return StateError(f"{self.path} is damaged ({reason}), so it cannot be read.")
         try:
             kept = f"a copy is kept at {_keep_copy(self.path)}"
         except OSError as error:
@@ -201,6 +216,17 @@ class Database:
             f"{self.path} is damaged ({reason}), so it is not used; {kept}. Move it away to begin anew, "
             "or try `sqlite3 FILE .recover` on the copy."
         )
+
+
+def _look_at(path: Path) -> sqlite3.Connection:
+    """A connection that may not write; where there is no log, so that nobody writes, it leaves no files beside."""
+    how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
+    return _connect(f"{path.absolute().as_uri()}?{how}")
+
+
+def _connect(where: Path | str) -> sqlite3.Connection:
+    """A connection to a path or URI, whose transactions are begun and ended by us."""
+    return sqlite3.connect(where, uri=isinstance(where, str), isolation_level=None, check_same_thread=False)
 
 
 def _keep_copy(path: Path) -> Path:

@@ -37,6 +37,10 @@ MARGIN = 1.5
 """A passage's weight may be so much below the logarithm of the number of passages, at which one passage would hold as
 much by chance. A fact that was told four times still passes."""
 
+NEAR = 0.8
+"""A passage that holds so much of the weight that the best one holds is as good; one that holds less is about
+something else: the code of another box."""
+
 MOST_WORDS = 8
 """So many words of a turn are looked at, those that the fewest passages hold."""
 
@@ -64,6 +68,8 @@ want was we well were what when where which while who whom whose why will with w
 )
 
 _SIGNS = ("?", "？", "؟")
+
+_SENTENCE_END = re.compile(r"(?<=[.!?؟])\s+|(?<=[。！？])|\n+")
 
 _ASKING = re.compile(
     r"\W*((\w+\W+){0,2}(what|who|whom|whose|where|which|how|remind|tell)|do|does|did|can|could)\b", re.IGNORECASE
@@ -129,8 +135,7 @@ class WordIndex:
         if not weights or (len(words) == 1 and not is_asking):  # "Good morning!"
             return []
         total, best = sum(word.weight for word in words), max(weights.values())
-        # A passage that holds as much as the best one is as good; one that holds less is about something else.
-        least = max(math.log(last + 1) - MARGIN, 0.8 * best, (SHARE_ASKED if is_asking else SHARE) * total)
+        least = max(math.log(last + 1) - MARGIN, NEAR * best, (SHARE_ASKED if is_asking else SHARE) * total)
         order = sorted((id for id in weights if weights[id] >= least), key=lambda id: (-weights[id], -id))
         order = order[:1] + [id for id in order[1 : 4 * limit] if weights[id] >= SHARE * total]
         found = [replace(passage, score=weights[passage.id]) for passage in self.transcript.passages(order)]
@@ -144,10 +149,8 @@ class WordIndex:
     def _telling(self, text: str, last: int) -> list[_Word]:
         """The words of a text that tell passages apart, the heaviest first; a word that nobody said is as heavy."""
         common = min(max(COMMON_LEAST, int(COMMON_SHARE * last)), COMMON_MOST)
-        if len(text) > 2 * READ_CHARS:
-            text = f"{text[:READ_CHARS]} {text[-READ_CHARS:]}"
         words = []
-        for term in terms(text):
+        for term in terms(_ends(text)):
             if term.strip('"') in _EMPTY:
                 continue
             holders = self.transcript.words.holders(term, last, common + 1)
@@ -190,16 +193,17 @@ def matching(
         The passages in the order in which they were said; none if nothing said before belongs there.
     """
     chosen: dict[int, Passage] = {}
-    is_asking = asks(text)
-    for found in index.worth_quoting(text, before=place, limit=MOST_QUOTED if is_asking else 1):
-        answers = index.transcript.passages([found.id + 1]) if is_asking and _is_question(found) else []
-        answers = [answer for answer in answers if place.has_left(answer)]
-        questions = [] if _folded(found.text) == _folded(text) else [found]
-        for group in ([*questions, *answers], questions):
-            wider = {**chosen, **{passage.id: passage for passage in group}}
-            if count(quote(list(wider.values()))) <= budget_tokens:
-                chosen = wider
-                break
+    for part in _parts(text):
+        is_asking = asks(part)
+        for found in index.worth_quoting(part, before=place, limit=MOST_QUOTED if is_asking else 1):
+            answers = index.transcript.passages([found.id + 1]) if is_asking and _is_question(found) else []
+            answers = [answer for answer in answers if place.has_left(answer)]
+            questions = [] if _folded(found.text) == _folded(part) else [found]
+            for group in ([*questions, *answers], questions):
+                wider = {**chosen, **{passage.id: passage for passage in group}}
+                if count(quote(list(wider.values()))) <= budget_tokens:
+                    chosen = wider
+                    break
     return [chosen[id] for id in sorted(chosen)]
 
 
@@ -217,6 +221,18 @@ def quote(passages: Sequence[Passage]) -> str:
 def asks(text: str) -> bool:
     """Whether a text asks for something, as far as that shows in its signs and first words."""
     return any(sign in text for sign in _SIGNS) or bool(_ASKING.match(text))
+
+
+def _parts(text: str) -> list[str]:
+    """What a turn asks, sentence by sentence, and the whole turn: what else it says may be about something else."""
+    sentences = [sentence for sentence in _SENTENCE_END.split(_ends(text)) if sentence.strip()]
+    asking = [sentence for sentence in sentences if asks(sentence)] if len(sentences) > 1 else []
+    return [*asking[:1], *asking[1:][-2:], text]
+
+
+def _ends(text: str) -> str:
+    """The beginning and the end of a text that is long."""
+    return text if len(text) <= 2 * READ_CHARS else f"{text[:READ_CHARS]}\n{text[-READ_CHARS:]}"
 
 
 def _is_question(passage: Passage) -> bool:

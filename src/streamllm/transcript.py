@@ -30,13 +30,17 @@ FORMAT = 1
 
 SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",  # value: JSON
-    # number: NULL once the turn was taken back. prompt_ids: int32, little-endian; last, as it may be long.
-    "CREATE TABLE turns (id INTEGER PRIMARY KEY, number INTEGER UNIQUE, preface TEXT NOT NULL, finish TEXT, "
-    "end_id INTEGER, began REAL NOT NULL, ended REAL, prompt_ids BLOB NOT NULL)",
+    # number: NULL once the turn was taken back. before: tokens of the turns before it, see the trigger.
+    # prompt_ids: int32, little-endian; last, as it may be long.
+    "CREATE TABLE turns (id INTEGER PRIMARY KEY, number INTEGER UNIQUE, before INTEGER NOT NULL DEFAULT 0, "
+    "preface TEXT NOT NULL, finish TEXT, end_id INTEGER, began REAL NOT NULL, ended REAL, prompt_ids BLOB NOT NULL)",
     # role: an index into ROLES. ids: of a reply, as prompt_ids. indexed: its words are in the index.
     "CREATE TABLE passages (id INTEGER PRIMARY KEY, turn_id INTEGER NOT NULL REFERENCES turns, role INTEGER NOT NULL, "
     "stop INTEGER NOT NULL, indexed INTEGER NOT NULL, text TEXT NOT NULL, ids BLOB NOT NULL)",
     "CREATE INDEX passages_of_turns ON passages (turn_id)",
+    "CREATE TRIGGER tokens_before_turns AFTER INSERT ON turns BEGIN UPDATE turns SET before = coalesce(("
+    "SELECT t.before + (length(t.prompt_ids) + (SELECT total(length(ids)) FROM passages WHERE turn_id = t.id)) / 4 "
+    "FROM turns t WHERE t.number < new.number ORDER BY t.number DESC LIMIT 1), 0) WHERE id = new.id; END",
     WORDS_SCHEMA,
 )
 
@@ -94,19 +98,23 @@ class Transcript:
 
     Args:
         path: the file; made if there is none. ``None``: a temporary one that is gone when closed.
+        read_only: only look at a file that is there; another process may be writing it.
 
     Raises:
         StateError: the file cannot be opened, is damaged (a copy is kept), of another program or of another version;
             every method raises it as well if the file cannot be read or written, and then has changed nothing.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.database = Database(path, application=APPLICATION, format=FORMAT, schema=SCHEMA)
+    def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
+        self.database = Database(path, application=APPLICATION, format=FORMAT, schema=SCHEMA, read_only=read_only)
         self.words = Words(self.database)
         self._growing: _Growing | None = None  # None: to be read from the file
-        if (growing := self._read_growing()) and growing.id:  # of a process that died
-            with self.database.transaction() as connection:
-                self._close_passage(connection, growing)
+        if not read_only:
+            try:
+                self._index_what_was_left_open()
+            except BaseException:  # the caller has nothing to close
+                self.close()
+                raise
 
     def get(self, key: str, default: Any = None) -> Any:
         """A setting that was ``put``; ``default`` where there is none."""
@@ -117,6 +125,10 @@ class Transcript:
         """Keep a setting: anything JSON-able."""
         with self.database.transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    def settings(self) -> dict[str, Any]:
+        """All settings that were ``put``, by key."""
+        return {key: json.loads(value) for key, value in self.database.rows("SELECT key, value FROM meta ORDER BY key")}
 
     # ---- writing
 
@@ -139,7 +151,7 @@ class Transcript:
                 self._close_passage(connection, growing)
             turn_id = connection.execute(
                 "INSERT INTO turns (number, preface, began, prompt_ids) VALUES (?, ?, ?, ?)",
-                (self.count() + 1, preface, time.time(), _packed(prompt_ids)),
+                (self.count() + 1, preface, time.time(), packed(prompt_ids)),
             ).lastrowid
             assert turn_id is not None
             for text, stop in pieces:
@@ -158,10 +170,10 @@ class Transcript:
         if not text and not ids:
             return
         # Until the commit is through, what the file holds is in doubt, and whoever comes next reads it.
-        growing = self._growing or self._read_growing()
+        growing, self._growing = self._growing or self._read_growing(), None
         assert growing is not None, "write() before begin()"
         pieces = cut(growing.text + text) or [""]
-        written, end, brought = len(growing.text), 0, _packed(ids)
+        written, end, brought = len(growing.text), 0, packed(ids)
         with self.database.transaction() as connection:
             for number, piece in enumerate(pieces, 1):
                 end += len(piece)
@@ -221,9 +233,12 @@ class Transcript:
 
     def tokens(self) -> int:
         """Tokens of all turns, without those that were taken back."""
-        prompts = self.database.row("SELECT sum(length(prompt_ids)) FROM turns WHERE number IS NOT NULL")[0] or 0
-        query = "SELECT sum(length(ids)) FROM passages JOIN turns ON turns.id = turn_id WHERE number IS NOT NULL"
-        return int(prompts + (self.database.row(query)[0] or 0)) // 4
+        number = self.count()
+        if not number:
+            return 0
+        id, before, prompt = self._turn(number, "id, before, length(prompt_ids) / 4")
+        (drawn,) = self.database.row("SELECT total(length(ids)) / 4 FROM passages WHERE turn_id = ?", id)
+        return int(before + prompt + drawn)
 
     def turn(self, number: int) -> TurnRow:
         """A turn with its texts.
@@ -252,13 +267,13 @@ class Transcript:
     def prompt_ids(self, number: int) -> list[int]:
         """What was fed to the model for a turn; as ``turn`` if there is none."""
         (blob,) = self._turn(number, "prompt_ids")
-        return _unpacked(blob)
+        return unpacked(blob)
 
     def reply_ids(self, number: int) -> list[int]:
         """The ids of a reply; as ``turn`` if there is none."""
         (id,) = self._turn(number, "id")
         rows = self.database.rows("SELECT ids FROM passages WHERE turn_id = ? ORDER BY id", id)
-        return _unpacked(b"".join(blob for (blob,) in rows))
+        return unpacked(b"".join(blob for (blob,) in rows))
 
     def passages(self, ids: Iterable[int]) -> list[Passage]:
         """Passages of turns that were not taken back, in the order of ``ids``."""
@@ -328,6 +343,13 @@ class Transcript:
             return _Growing(*turn)
         return _Growing(turn[0], row[1]) if row[2] else _Growing(turn[0], row[1], *row[3:])
 
+    def _index_what_was_left_open(self) -> None:
+        """Close the passage that grew when a process died."""
+        growing = self._read_growing()
+        if growing and growing.id:
+            with self.database.transaction() as connection:
+                self._close_passage(connection, growing)
+
     def _store(self, connection: sqlite3.Connection, growing: _Growing, role: int = _ASSISTANT) -> None:
         """Insert or update the row of a passage, within a transaction."""
         if growing.id:
@@ -346,11 +368,11 @@ class Transcript:
         return _Growing(growing.turn_id, growing.stop)
 
 
-def _packed(ids: Sequence[int]) -> bytes:
-    """Ids as they are kept."""
+def packed(ids: Sequence[int]) -> bytes:
+    """Ids as the tables keep them."""
     return struct.pack(f"<{len(ids)}i", *ids)
 
 
-def _unpacked(blob: bytes) -> list[int]:
-    """And back."""
+def unpacked(blob: bytes) -> list[int]:
+    """Ids as they were, from what the tables keep."""
     return list(struct.unpack(f"<{len(blob) // 4}i", blob))
