@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -536,6 +537,7 @@ class Chat:
         if is_new := not self.turns:
             self.transcript.put("cache", dataclasses.asdict(self._context.asked))
             self.transcript.put("fingerprint", fingerprint)
+            self.transcript.put("created", time.time())
         if is_new or is_new_system:
             self.transcript.put("system", self.template.system)
             self.transcript.put("template", self._options)

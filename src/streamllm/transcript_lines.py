@@ -85,9 +85,10 @@ def load(transcript: Transcript, lines: Iterable[bytes], what: str) -> None:
                 else:
                     _expect(turn["id"] > 0, "it belongs to no turn")
                     role, text = ROLES.index(record["role"]), record["text"]
-                    values = {**record, "turn_id": turn["id"], "role": role, "ids": packed(record["ids"]), "indexed": 1}
-                    passage_id = _insert(connection, "passages", values)
-                    if turn["number"] is not None:  # what was taken back is never found
+                    is_live = turn["number"] is not None  # what was taken back is never found
+                    values = {**record, "turn_id": turn["id"], "role": role, "ids": packed(record["ids"])}
+                    passage_id = _insert(connection, "passages", {**values, "indexed": int(is_live)})
+                    if is_live:
                         transcript.words.add(connection, passage_id, text)
             except (ValueError, TypeError, LookupError, OverflowError, RecursionError, struct.error) as error:
                 raise StateError(f"Line {count} of {what} is damaged ({error}); export the session again.") from error
