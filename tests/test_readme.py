@@ -99,7 +99,7 @@ def test_the_readme_has_commands_to_check() -> None:
 
 def test_flags_within_the_text_exist() -> None:
     known = "".join(
-        CliRunner().invoke(app, [name, "--help"]).output for name in ("run", "train", "bench", "doctor", "config")
+        CliRunner().invoke(app, [name, "--help"]).output for name in ("run", "chat", "pipe", "train", "bench", "doctor", "config")
     )
     named = {code.split()[0] for code in re.findall(r"`(--[^`\n]+)`", prose(README))}
     assert named
@@ -127,7 +127,7 @@ def test_the_demo_in_the_readme_is_the_demo_in_the_makefile() -> None:
 def python_run() -> tuple[str, str]:
     """(what the README says, what its Python prints) in a process of its own, that it must leave by itself."""
     codes, texts = blocks("python"), blocks("text")
-    code, said = "".join(codes), texts[0] + texts[2]  # between them stands a drawing
+    code, said = "".join(codes), texts[0] + "".join(texts[2:4])  # between them stands a drawing
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code],
