@@ -1,9 +1,10 @@
 """Does turn 1,000 of a conversation cost as much as turn 10, and what does keeping it on disk cost?
 
-The embedded model talks in sessions on disk, with recall on. All turns have the same length: a message with numbers
-that are searched for and never found, and a reply of so many tokens that no end token ends. Around turn 10 and turn
-1,000 so many turns are timed; the median counts. Minutes lie between them, so at the end a second, young conversation
-takes turns with the old one; that ratio knows only their age.
+The embedded model talks in sessions on disk, with recall on. From turn 10 on, and up to turn 1,000, so many turns are
+timed, which all have the same length: a message with numbers that are searched for and never found, and a reply of so
+many tokens that no end token ends. The median counts. Between them messages have many lengths, as those of people do.
+Minutes lie between them, so at the end a second, young conversation takes turns with the old one; that ratio knows only
+their age.
 
 Also: what saving the session at the end of a turn takes, within the conversation; what going on with it takes, from the
 call of ``Chat`` on, in a process that has the model; and what a token costs in a conversation beside ``stream()``.
@@ -16,8 +17,9 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -35,9 +37,14 @@ from streamllm.config import CacheConfig
 from streamllm.evaluate.memory import rss_bytes
 from streamllm.session import Chat
 from streamllm.sessions import Session
+from streamllm.state import save_state
 
 MESSAGE = "One day a little girl saw 1{0:05}, 2{0:05} and 3{0:05}."
 """Words that are searched for and said in every turn, and numbers that nobody has said before."""
+
+MORE, LENGTHS = " And then some more.", 40
+"""What makes a message longer, up to so many times."""
+
 
 SNAPSHOTS = 8
 BLOCK = CacheConfig.block
@@ -55,6 +62,7 @@ class Setting:
         reply: tokens of a reply.
         resumes: how often the conversation is gone on with.
         blocks: of 64 tokens, that are timed beside ``stream()``.
+        window: of all conversations; ``None``: that of the model.
     """
 
     early: int = 10
@@ -64,9 +72,15 @@ class Setting:
     reply: int = 32
     resumes: int = 10
     blocks: int = 40
+    window: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of all conversations."""
+        return {"window": self.window, "on_end": "ban", "snapshots": SNAPSHOTS, "sampling": SamplingConfig(seed=1)}
 
 
-QUICK = Setting(early=8, late=14, warm=8, width=3, reply=8, resumes=2, blocks=2)
+QUICK = Setting(early=8, late=12, warm=8, width=2, reply=4, resumes=1, blocks=1, window=60)
 
 
 class Saves:
@@ -74,32 +88,26 @@ class Saves:
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self._save: Callable[..., None] = session.save_state
 
     def __call__(self, *given: Any, **options: Any) -> None:
         """Save, and note the seconds."""
         began = time.perf_counter()
-        self._save(*given, **options)
+        save_state(*given, **options)
         self.seconds.append(time.perf_counter() - began)
 
 
 class Talk:
-    """A conversation whose turns all have the same length."""
+    """A conversation; ``read`` are the lengths of the turns that were timed, in tokens."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str, reply: int
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, session: Session
     ) -> None:
-        self.chat = Chat(model, tokenizer, **self.options(), session=Session(name, folder=folder))
-        self.reply, self.read = reply, set[int]()
+        self.chat = Chat(model, tokenizer, **setting.options, session=session)
+        self.reply, self.read = setting.reply, set[int]()
+        self._tokenizer, self._numbers = tokenizer, count()
 
-    @staticmethod
-    def options() -> dict[str, Any]:
-        """Of the conversation and all its like."""
-        return {"on_end": "ban", "snapshots": SNAPSHOTS, "sampling": SamplingConfig(seed=1)}
-
-    def turn(self) -> float:
-        """Seconds of one turn."""
-        text = MESSAGE.format(self.chat.turns)
+    def turn(self, text: str) -> tuple[float, int]:
+        """Seconds of one turn, and tokens that it read."""
         began = time.perf_counter()
         reply = self.chat.send(text, max_tokens=self.reply)
         for _ in reply:
@@ -107,17 +115,29 @@ class Talk:
         seconds = time.perf_counter() - began
         if reply.recalled:
             raise RuntimeError(f"Turn {reply.turn} was to recall nothing, it recalled {reply.recalled}.")
-        self.read.add(reply.read)
-        return seconds
+        return seconds, reply.read
 
     def up_to(self, turn: int) -> None:
         """Talk until there are so many turns."""
-        while self.chat.turns < turn:
-            self.turn()
+        while (turns := self.chat.turns) < turn:
+            self.turn(self._message() + MORE * (7 * turns % LENGTHS))
 
-    def timed(self, count: int) -> list[float]:
+    def timed(self, turns: int) -> list[float]:
         """Milliseconds of each of so many turns."""
-        return [1000 * self.turn() for _ in range(count)]
+        taken = []
+        for _ in range(turns):
+            seconds, read = self.turn(self._message())
+            taken.append(1000 * seconds)
+            self.read.add(read)
+        return taken
+
+    def _message(self) -> str:
+        """The next message that has as many tokens as the first one."""
+        texts = (MESSAGE.format(number) for number in self._numbers)
+        return next(text for text in texts if self._count(text) == self._count(MESSAGE.format(0)))
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer(text)["input_ids"])
 
 
 def measure(
@@ -126,7 +146,7 @@ def measure(
     """Run everything; the figures and the targets."""
     saves = Saves()
     with patch.object(session, "save_state", saves):
-        old = Talk(model, tokenizer, folder, "old", setting.reply)
+        old = Talk(model, tokenizer, setting, Session("old", folder=folder))
         old.up_to(setting.early - 1)
         early = old.timed(setting.width)
         old.up_to(setting.warm)
@@ -137,19 +157,19 @@ def measure(
         after = memory()
         saved = [1000 * seconds for seconds in saves.seconds]
         _tell("beside a young conversation")
-        young = Talk(model, tokenizer, folder, "young", setting.reply)
+        young = Talk(model, tokenizer, setting, Session("young", folder=folder))
         young.up_to(setting.early - 1)
         pairs = [(old.timed(1)[0], young.timed(1)[0]) for _ in range(setting.width)]
-    if max(len(talk.read) for talk in (old, young)) > 2:  # the first turn has the tokens at the head
+    if len(old.read | young.read) > 1:
         raise RuntimeError(f"All turns were to have the same length, they had {old.read | young.read} tokens.")
     young.chat.close()
     turns, tokens, cache_bytes, notes = old.chat.turns, old.chat.tokens_seen, old.chat.cache.bytes, old.chat.notes
     old.chat.close()
 
     _tell("going on")
-    resumed = [resume(model, tokenizer, folder, turns, notes) for _ in range(setting.resumes)]
+    resumed = [resume(model, tokenizer, setting, folder, turns, notes) for _ in range(setting.resumes)]
     _tell("beside a plain stream")
-    chat, plain = beside_stream(model, tokenizer, folder, setting.blocks)
+    chat, plain = beside_stream(model, tokenizer, setting, folder)
 
     beside = median(a for a, _ in pairs) / median(b for _, b in pairs)
     growth = (after - before) / MEGABYTE
@@ -177,7 +197,7 @@ def measure(
             "token of a stream": spread(plain),
         },
         "overhead_ms_per_token": {"median": median(chat) - median(plain), "mean": mean(chat) - mean(plain)},
-        "bytes": {"warm": before, "end": after, "cache": cache_bytes, "snapshots_at_most": SNAPSHOTS * cache_bytes},
+        "bytes": {"warm": before, "end": after, "cache": cache_bytes, "snapshots": SNAPSHOTS * cache_bytes},
         "targets": [target.to_dict() for target in targets],
     }
     return figures, targets
@@ -190,11 +210,16 @@ def memory() -> int:
 
 
 def resume(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, turns: int, notes: list[str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: Setting,
+    folder: Path,
+    turns: int,
+    notes: list[str],
 ) -> float:
     """Milliseconds until a session can be gone on with; ``notes``: that it has anyhow, others mean it was rebuilt."""
     began = time.perf_counter()
-    with Chat(model, tokenizer, **Talk.options(), session=Session("old", folder=folder)) as chat:
+    with Chat(model, tokenizer, **setting.options, session=Session("old", folder=folder)) as chat:
         taken = 1000 * (time.perf_counter() - began)
         if chat.turns != turns or chat.notes != notes:
             raise RuntimeError(f"The session has {chat.turns} turns, not {turns}: {chat.notes}")
@@ -202,17 +227,18 @@ def resume(
 
 
 def beside_stream(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, count: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, folder: Path
 ) -> tuple[list[float], list[float]]:
     """Milliseconds of a token, in blocks: of a reply in a session on disk, and of ``stream()``, which take turns."""
     text = MESSAGE.format(0)
-    with Chat(model, tokenizer, **Talk.options(), session=Session("long", folder=folder)) as chat:
+    with Chat(model, tokenizer, **setting.options, session=Session("long", folder=folder)) as chat:
         reply: Iterator[Chunk] = chat.send(text)
-        plain = streamllm.stream(model, tokenizer, text, sampling=SamplingConfig(seed=1), on_end="ban")
+        options = {name: setting.options[name] for name in ("window", "sampling", "on_end")}
+        plain = streamllm.stream(model, tokenizer, text, **options)
         for chunks in (reply, plain):
             for _ in range(chat.cache.capacity):  # until both evict
                 next(chunks)
-        times = [(_block(reply), _block(plain)) for _ in range(count)]
+        times = [(_block(reply), _block(plain)) for _ in range(setting.blocks)]
     return [a for a, _ in times], [b for _, b in times]
 
 
@@ -238,8 +264,8 @@ def show(figures: dict[str, Any], targets: Sequence[Target]) -> None:
         print(f"{name:<{width}}" + "".join(f"{value:>10.3f}" for value in found.values()))
     held = figures["bytes"]
     print(
-        f"\n{figures['turns']:,} turns, {figures['tokens']:,} tokens; the process holds {held['end'] / MEGABYTE:.1f} MB, a "
-        f"cache {held['cache'] / MEGABYTE:.2f} MB, the snapshots {held['snapshots_at_most'] / MEGABYTE:.1f} MB at most\n"
+        f"\n{figures['turns']:,} turns, {figures['tokens']:,} tokens; the process holds {held['end'] / MEGABYTE:.1f} "
+        f"MB, a cache {held['cache'] / MEGABYTE:.2f} MB, the snapshots {held['snapshots'] / MEGABYTE:.1f} MB at most\n"
     )
     print_targets(targets)
 
