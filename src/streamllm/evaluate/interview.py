@@ -78,7 +78,7 @@ class Interview:
                     heapq.heappush(due, (seen + distance, place, number))
             while due and due[0][0] <= seen:
                 _, place, fact = heapq.heappop(due)
-                asked.append(self._ask(place, fact, seen))
+                asked += [self._ask(place, fact, seen, is_reworded=is_reworded) for is_reworded in (False, True)]
             watch(seen)
             if not due and number >= len(self.facts) - 1:
                 return asked
@@ -88,22 +88,21 @@ class Interview:
         """What the user says: the facts, half of them among other talk; then other talk."""
         for number, fact in enumerate(self.facts):
             told = self._draw.choice(LEADS) + fact.statement
-            if number % 4 < 2:
+            if number % 2:
                 told = f"{self._chatter.sentence(self._draw)} {told} {self._chatter.sentence(self._draw)}"
             yield told
         while True:
             yield self._chatter.talk(self._draw, TURN_CHARS)
 
-    def _ask(self, place: int, number: int, seen: int) -> Asked:
+    def _ask(self, place: int, number: int, seen: int, *, is_reworded: bool) -> Asked:
         """Ask for a fact, without and with recall; and say something that asks for nothing."""
         fact, (turn, told) = self.facts[number], self._told[number]
-        is_reworded = bool((place + number) % 2)
         question = fact.reworded if is_reworded else fact.question
         # Whoever comes first also warms up what both need.
-        first, second = ("off", "auto") if number % 8 < 4 else ("auto", "off")
+        first, second = ("off", "auto") if number % 4 < 2 else ("auto", "off")
         replies = {how: self._send(question, how, self.answer_tokens) for how in (first, second)}
         without, found = replies["off"], replies["auto"]
-        right = sum(passage.turn == turn and fact.statement in passage.text for passage in found.recalled)
+        right = sum(fact.statement in passage.text for passage in found.recalled)
         answers = (fact.is_answered_by(without.text), fact.is_answered_by(found.text)) if self.answer_tokens else None
         return Asked(
             distance=self.distances[place],
@@ -117,13 +116,13 @@ class Interview:
             search=found.search - without.search,
             wait=found.first - without.first,
             answers=answers,
-            idle=len(self._send(self._idle(number), "auto", 0).recalled),
+            idle=len(self._send(self._idle(number, is_reworded), "auto", 0).recalled),
         )
 
-    def _idle(self, number: int) -> str:
-        """A turn that asks for nothing: in turn a phrase, and a sentence like the rest of the talk."""
-        if number % 2:
-            return IDLE[number // 2 % len(IDLE)]
+    def _idle(self, number: int, is_phrase: bool) -> str:
+        """A turn that asks for nothing: a phrase, or a sentence like the rest of the talk."""
+        if is_phrase:
+            return IDLE[number % len(IDLE)]
         return next(said for said in iter(lambda: self._chatter.sentence(self._draw), None) if "?" not in said)
 
     def _send(self, text: str, recall: str, max_tokens: int) -> _Reply:
