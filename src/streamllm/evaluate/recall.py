@@ -208,9 +208,14 @@ class Recall(Evaluation):
             answered = {distance: found["answered"] for distance, found in distances.items()}
             _draw_shares(shares, answered, how, label=f"answered, {how} recall", color=color, marker="^", ls=":")
         shares.set_xticks(range(len(distances)), [*map(_spell_distance, distances)], fontsize="small", rotation=30)
-        shares.set(title="questions", xlabel="tokens since the fact was told", ylim=(-0.04, 1.1))
+        shares.set(
+            title="questions",
+            xlabel="tokens since the fact was told",
+            ylim=(-0.04, 1.5),
+            yticks=[0, 0.25, 0.5, 0.75, 1],
+        )
         shares.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        shares.legend(fontsize="small", loc="center right")
+        shares.legend(fontsize="small", loc="upper center", ncols=2, frameon=False)
         # 2. how long it takes
         late = [found for found in distances.values() if found["tokens"][1]]
         places, taken = [found["tokens"][1] for found in late], [found["search_ms"] for found in late]
@@ -218,9 +223,8 @@ class Recall(Evaluation):
         for which, marker in (("median", "o"), ("p95", "^")):
             times.plot(searched["tokens"], searched["ms"][which], marker, color=theirs, label=f"by itself ({which})")
         times.axhline(SEARCH_MS, color="0.6", lw=0.8, ls="--")
-        times.text(0, SEARCH_MS, " target", transform=times.get_yaxis_transform(), va="bottom", fontsize="small")
-        times.set(title="search", xlabel="tokens of the conversation", ylabel="ms", xscale="log")
-        times.set_ylim(0, None)
+        times.text(0, SEARCH_MS, " target", transform=times.get_yaxis_transform(), va="top", fontsize="small")
+        times.set(title="search", xlabel="tokens of the conversation", ylabel="ms", xscale="log", yscale="log")
         times.legend(fontsize="small", loc="center left")
         return figure
 
