@@ -36,6 +36,7 @@ bench: $(READY)  ## speed and memory; writes docs/results/
 	$(BIN)/python benchmarks/endless.py --threads 1
 	$(BIN)/python benchmarks/pipe.py --threads 1
 	$(BIN)/python benchmarks/blocks.py
+	$(BIN)/python benchmarks/chat.py --threads 1
 	$(BIN)/streamllm bench --shape 135M --threads 2 --out docs/results
 	$(BIN)/python benchmarks/training.py
 
@@ -83,6 +84,7 @@ evaluations: $(RUNS)/unread.jsonl.xz $(RUNS)/streameval/copier/config.json  ## a
 	done
 	$(EVAL) streameval -m $(RUNS)/streameval/copier $(STREAMEVAL) --out $(EVAL_OUT)
 	$(EVAL) perplexity --methods dense,streaming --tokens 4000001 $(EVAL_TEXT) $< --out $(EVAL_OUT)/4M
+	$(EVAL) recall $(EVAL_TEXT) --out $(EVAL_OUT)
 	$(BIN)/python recipes/results.py
 
 $(RUNS)/streameval/copier/config.json: $(READY)

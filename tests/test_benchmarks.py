@@ -137,6 +137,17 @@ def test_only_a_full_run_writes_to_docs(script: Any, tmp_path: Path) -> None:
     assert module.target_path("pipe", tmp_path, quick=True) == tmp_path
 
 
+def test_chat_compares_turns_of_one_length(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reference: the setting of a trial; the turns of a session that is gone on with, counted by the script."""
+    chat = script("chat")
+    figures = run(chat, tmp_path, capsys, "--threads=1")["figures"]
+    setting = figures["setting"]
+    assert figures["turns"] == setting["late"] + setting["width"]
+    assert figures["tokens"] >= figures["turns"] * figures["tokens_of_a_turn"]
+    assert figures["bytes"]["snapshots"] == chat.SNAPSHOTS * figures["bytes"]["cache"]
+    assert all(0 < found["min"] <= found["median"] <= found["max"] for found in figures["ms"].values())
+
+
 @pytest.mark.parametrize(
     ("value", "limit", "at_least", "is_met", "shown"),
     [

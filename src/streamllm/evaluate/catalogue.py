@@ -8,6 +8,7 @@ from streamllm.evaluate.cache_size import CacheSize
 from streamllm.evaluate.drift import Drift
 from streamllm.evaluate.evaluation import Evaluation
 from streamllm.evaluate.perplexity import Perplexity
+from streamllm.evaluate.recall import Recall
 from streamllm.evaluate.sinks import Sinks
 from streamllm.evaluate.streameval import StreamEval
 
@@ -21,5 +22,6 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Arc,
         AttentionMaps,
         Drift,
+        Recall,
     )
 }
