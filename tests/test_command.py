@@ -255,7 +255,9 @@ def test_no_environment_variable_takes_the_place_of_a_command(monkeypatch: pytes
 # ---- as a process of its own
 
 
-@pytest.mark.parametrize("line", ["--help", "--version", "run -h", "pipe -h", "eval -h", "eval sinks -h", "config -h"])
+@pytest.mark.parametrize(
+    "line", ["--help", "--version", "run -h", "chat -h", "pipe -h", "eval -h", "eval sinks -h", "config -h"]
+)
 def test_help_and_version_do_not_load_torch(line: str) -> None:
     """Reference: ``sys.modules`` after the command has run."""
     script = (

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -163,6 +163,51 @@ def test_a_spinner_turns_on_a_terminal_and_goes_away(monkeypatch: pytest.MonkeyP
         assert stderr.getvalue().endswith("\x1b[2mready\x1b[0m\n")
         screen.spin("again")
     assert stderr.getvalue().count(HIDE) == stderr.getvalue().count(SHOW) == 2
+
+
+def test_what_takes_a_blink_gets_no_spinner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is the test's: a spinner that was due shows the newest text, and none comes after it was settled."""
+
+    class Clock:
+        def __init__(self, seconds: float, function: Callable[[], None]) -> None:
+            assert seconds == console.BLINK
+            self.strike, self.daemon = function, False
+            clocks.append(self)
+
+        def start(self) -> None: ...
+
+        cancel = start
+
+    clocks: list[Clock] = []
+    monkeypatch.setattr(threading, "Timer", Clock)
+    stderr = terminal_on_stderr(monkeypatch)
+    with Screen() as screen:
+        screen.spin_later("one")
+        screen.settle()
+        clocks[0].strike()
+        assert stderr.getvalue() == ""
+        screen.spin_later("two")
+        screen.spin_later("three")
+        assert len(clocks) == 2
+        clocks[1].strike()
+        assert HIDE in stderr.getvalue()
+        screen.spin_later("four")
+    assert "four" in stderr.getvalue()
+    assert "two" not in stderr.getvalue()
+    assert stderr.getvalue().count(HIDE) == stderr.getvalue().count(SHOW) == 1
+    assert len(clocks) == 2
+
+
+@pytest.mark.parametrize(
+    ("stream", "locale", "want"),
+    [("utf-8", "UTF-8", True), ("UTF8", "utf-8", True), ("ascii", "UTF-8", False), ("utf-8", "ANSI_X3.4-1968", False)],
+)
+def test_only_where_stream_and_locale_are_utf8_more_than_ascii_is_shown(
+    stream: str, locale: str, want: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console.locale, "getencoding", lambda: locale)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=stream))
+    assert Answer().is_unicode is want
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import streamllm
-from streamllm import cli_bench, cli_eval, cli_pipe, cli_sessions
+from streamllm import cli_bench, cli_chat, cli_eval, cli_pipe, cli_sessions
 from streamllm.config import CacheConfig, SamplingConfig
 from streamllm.console import Answer, Screen
 from streamllm.corpus import Source
@@ -89,7 +89,7 @@ def top(
     except ConfigError as error:
         ctx.obj = error  # raised by the command itself, so that --help works beside a broken file
     else:
-        ctx.default_map = dict.fromkeys(("run", "pipe", "train", "bench", "doctor"), values)
+        ctx.default_map = dict.fromkeys(("run", "chat", "pipe", "train", "bench", "doctor"), values)
         ctx.default_map["eval"] = dict.fromkeys(EVALUATIONS, values)
         ctx.default_map["sessions"] = dict.fromkeys(cli_sessions.COMMANDS, values)
 
@@ -244,6 +244,7 @@ def train(
 
 app.add_typer(cli_eval.app, name="eval")
 app.command()(cli_bench.bench)
+app.command()(cli_chat.chat)
 app.command()(cli_pipe.pipe)
 app.add_typer(cli_sessions.app, name="sessions")
 
@@ -299,8 +300,13 @@ def config(
     begin(ctx)
     assert ctx.parent is not None
     command: Any = ctx.parent.command
-    with command.commands["run"].make_context("run", list(ctx.args), parent=ctx.parent) as run_ctx:
-        found = {name: (run_ctx.params[name], source(run_ctx, name)) for name in SETTINGS}
+    with (
+        command.commands["run"].make_context("run", list(ctx.args), parent=ctx.parent) as run_ctx,
+        command.commands["chat"].make_context("chat", [], parent=ctx.parent) as chat_ctx,
+    ):
+        of_chat = set(SETTINGS) - set(run_ctx.params)
+        contexts = {name: chat_ctx if name in of_chat else run_ctx for name in SETTINGS}
+        found = {name: (place.params[name], source(place, name)) for name, place in contexts.items()}
     file = settings_file()
     answer = Answer()
     if json:

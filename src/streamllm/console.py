@@ -6,6 +6,7 @@ a terminal. Nothing here knows about models.
 
 from __future__ import annotations
 
+import locale
 import os
 import select
 import signal
@@ -28,6 +29,9 @@ PIECE_CHARS = 1024
 
 PATIENCE = 1.0
 """Seconds of reading a prompt before a person is told about it."""
+
+BLINK = 0.2
+"""Seconds that a work may take without a spinner."""
 
 REPORT_SECONDS = 30.0
 """Between two lines about a long work, where there is no terminal to draw a bar on."""
@@ -71,17 +75,20 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._notice: str | None = None
+        self._presses = self._left = 0  # signals until the one that ends the process: at first, and now
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         return self
 
-    def defer(self, notice: str | None = None) -> None:
-        """From now on note the first signal in ``received``; a second one raises ``SystemExit``.
+    def defer(self, notice: str | None = None, *, presses: int = 2) -> None:
+        """From now on note the first signal in ``received``; of several the last raises ``SystemExit``.
 
-        ``notice``: what a person is told then, where it may take a while until the process leaves.
+        Args:
+            notice: what a person is told at the last but one, where it may take a while until the process leaves.
+            presses: how many that is.
         """
-        self._notice = notice
+        self._notice, self._presses, self._left = notice, presses, presses
         if threading.current_thread() is not threading.main_thread():
             return
         for name in _STOPPING:
@@ -89,11 +96,20 @@ class Signals:
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, background jobs
                 self._before[number] = signal.signal(number, self._note)
 
+    def forget(self) -> bool:
+        """Take a Ctrl-C back that was noted; say whether one was. Signals that end the process stay noted."""
+        if self.received != signal.SIGINT:
+            return False
+        self.received, self._left = None, self._presses
+        return True
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        self._left -= 1
+        if self._left <= 0:
             raise SystemExit(128 + number)
-        self.received = number
-        if self._notice is not None:
+        if self.received in (None, signal.SIGINT):
+            self.received = number
+        if self._notice is not None and self._left == 1:
             with suppress(OSError):
                 os.write(2, f"\n{self._notice}\n".encode())
 
@@ -174,6 +190,9 @@ class Screen:
         self.is_quiet = quiet
         self._spins = not quiet and self.is_terminal
         self._status: Status | None = None
+        self._timer: threading.Timer | None = None
+        self._text = ""
+        self._lock = threading.RLock()
 
     def __enter__(self) -> Screen:
         return self
@@ -187,31 +206,56 @@ class Screen:
         """Show a spinner with ``text``, or change its text; only on a terminal."""
         if not self._spins:
             return
-        if self._status is None:
-            from rich.console import Console
+        with self._lock:
+            if self._status is None:
+                from rich.console import Console
 
-            self._status = Console(stderr=True).status(text)
-            self._status.start()
-        else:
-            self._status.update(text)
+                self._status = Console(stderr=True).status(text)
+                self._status.start()
+            else:
+                self._status.update(text)
+
+    def spin_later(self, text: str, seconds: float = BLINK) -> None:
+        """Show a spinner after so many seconds, unless ``settle`` comes first; or change the text of what is shown."""
+        self._text = text
+        if not self._spins or (self._timer is not None and self._status is None):
+            return
+        if self._status is not None:
+            self.spin(text)
+            return
+
+        def begin() -> None:
+            with self._lock:
+                if self._timer is timer:
+                    self.spin(self._text)
+
+        self._timer = timer = threading.Timer(seconds, begin)
+        timer.daemon = True
+        timer.start()
 
     def settle(self) -> None:
         """Take the spinner away."""
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._status is None and self._timer is None:
+            return
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if self._status is not None:
+                self._status.stop()
+                self._status = None
 
     def note(self, text: str) -> None:
         """Print a line for whoever watches."""
         if self.talks:
             self.line(text)
 
-    def line(self, text: str) -> None:
-        """Print a dim line in any case."""
+    def line(self, text: str, *, is_dim: bool = True) -> None:
+        """Print a line in any case, dim on a terminal unless it shall not be."""
         self.settle()
         if sys.stderr is None:
             return
-        dim = self.is_terminal and not os.environ.get("NO_COLOR")
+        dim = is_dim and self.is_terminal and not os.environ.get("NO_COLOR")
         with suppress(OSError):
             sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else text + "\n")
             sys.stderr.flush()
@@ -267,6 +311,8 @@ class Answer:
     Attributes:
         is_closed: whether the reader has gone away.
         error: what else went wrong with writing, to be raised when everything is saved.
+        is_terminal: whether a person reads it.
+        is_unicode: whether it can show more than ASCII.
     """
 
     def __init__(self) -> None:
@@ -275,6 +321,9 @@ class Answer:
         self.is_closed = False
         self.error: StreamLLMError | None = None
         self.is_terminal = sys.stdout.isatty()
+        # Python writes UTF-8 also where the locale says that the terminal reads something else (LC_ALL=C).
+        encodings = [getattr(sys.stdout, "encoding", None), None if os.name == "nt" else locale.getencoding()]
+        self.is_unicode = all(name.lower().replace("-", "") == "utf8" for name in encodings if name)
         with suppress(AttributeError):
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 

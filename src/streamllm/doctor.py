@@ -23,6 +23,7 @@ from streamllm.checkpoint import shown, size, weights_bytes
 from streamllm.config import CacheConfig
 from streamllm.errors import UnsupportedModelError
 from streamllm.quantize import bytes_of, kind_of, numbers_of
+from streamllm.stats import grouped
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub")
 
@@ -132,11 +133,6 @@ def sizes(cache: SinkCache) -> str:
         f"{head} + {grouped(config.window)} window + {config.block - 1} block slack = "
         f"{grouped(cache.capacity)} tokens, {size(cache.bytes_when_full)}"
     )
-
-
-def grouped(count: int) -> str:
-    """Write a count with a space between the thousands."""
-    return f"{count:,}".replace(",", " ")
 
 
 def _facts(model: Any, cache: SinkCache, folder: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Job:
     def _show(self, chunks: Iterator[Chunk], answer: Answer, screen: Screen, signals: Signals) -> Chunk | None:
         """Write the stream as it comes, until it ends, a signal comes or nobody listens; return its last chunk."""
         last: Chunk | None = None
-        line = _json_lines if self.json else _TextLines()
+        line = json_lines if self.json else TextLines()
         closing: Any = chunks  # a generator
         with contextlib.closing(closing):
             for last in chunks:
@@ -154,7 +154,7 @@ class Job:
                     break
         if self.json and last is not None:
             finish = last.finish or ("interrupted" if signals.received is not None else None)
-            answer.write(_json_line("stats", **last.stats.to_dict(), finish=finish))
+            answer.write(json_line("stats", **last.stats.to_dict(), finish=finish))
         elif answer.is_terminal:
             answer.write("\n")
         return last
@@ -220,17 +220,18 @@ def go_on_drawing(
 
 @contextlib.contextmanager
 def told(screen: Screen) -> Iterator[None]:
-    """Show our own warnings in one line each."""
+    """Show our own warnings in one line each, and the same one once."""
+    said = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", StreamLLMWarning)
         before = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if issubclass(category, StreamLLMWarning):
-                screen.settle()
-                screen.line(str(message))
-            else:
+            if not issubclass(category, StreamLLMWarning):
                 before(message, category, *place, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                screen.line(str(message))
 
         warnings.showwarning = show
         yield
@@ -253,13 +254,14 @@ def check_target(path: Path) -> None:
         ) from error
 
 
-class _TextLines:
+class TextLines:
     """A chunk as text; documents stand apart by a blank line."""
 
     def __init__(self) -> None:
         self._is_fresh = True  # nothing was written since the document began
 
     def __call__(self, chunk: Chunk) -> str:
+        """What to write for the next chunk."""
         if chunk.text:
             self._is_fresh = False
         if not chunk.document_end or self._is_fresh:
@@ -268,15 +270,16 @@ class _TextLines:
         return chunk.text + "\n\n"
 
 
-def _json_lines(chunk: Chunk) -> str:
+def json_lines(chunk: Chunk) -> str:
     """A chunk as JSON, one object a line."""
     lines = ""
     if chunk.id is not None and (chunk.text or not chunk.document_end):
-        lines += _json_line("token", text=chunk.text, id=chunk.id)
-    return lines + _json_line("document_end", id=chunk.id) if chunk.document_end else lines
+        lines += json_line("token", text=chunk.text, id=chunk.id)
+    return lines + json_line("document_end", id=chunk.id) if chunk.document_end else lines
 
 
-def _json_line(kind: str, **fields: Any) -> str:
+def json_line(kind: str, **fields: Any) -> str:
+    """One object as a line."""
     return json.dumps({"type": kind, **fields}) + "\n"
 
 

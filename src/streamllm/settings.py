@@ -103,6 +103,9 @@ SETTINGS: dict[str, Setting] = {
         Setting("seed", int, "Same seed, same text."),
         Setting("max_tokens", int, "Stop after so many new tokens; no limit if left out.", short="-n"),
         Setting("stop", list, "Stop before this text; may be given several times.", ()),
+        Setting(
+            "recall", str, "auto or off: in a chat, quote what left the window where a message asks for it.", "auto"
+        ),
         Setting("endless", bool, "Go on past the end of a text or reply, until Ctrl-C.", False),
         Setting("stats", bool, "Print one line of statistics on stderr at the end.", False),
         Setting("json", bool, "Print JSON, one object a line, for other programs.", False),

@@ -52,12 +52,13 @@ class Stats:
         """Return the fields by name, ready for JSON."""
         return dataclasses.asdict(self)
 
-    def line(self) -> str:
-        """Return the one line shown after a reply; the speed is left out while it is unknown."""
+    def line(self, *more: str) -> str:
+        """Return the one line shown after a reply, with ``more`` in it; the speed is left out while it is unknown."""
         parts = [
-            f"seen {_grouped(self.tokens_seen)}",
-            f"cached {_grouped(self.tokens_cached)}",
-            f"evicted {_grouped(self.tokens_evicted)}",
+            f"seen {grouped(self.tokens_seen)}",
+            f"cached {grouped(self.tokens_cached)}",
+            f"evicted {grouped(self.tokens_evicted)}",
+            *more,
         ]
         if self.decode_tokens_per_s > 0:
             parts.append(f"{_speed(self.decode_tokens_per_s)} tok/s")
@@ -148,11 +149,11 @@ def _rate(count: int, seconds: float) -> float:
     return count / seconds if count > 0 and seconds > 0 else 0.0
 
 
-def _grouped(count: int) -> str:
+def grouped(count: int) -> str:
     """Write a count with a space between the thousands."""
     return f"{count:,}".replace(",", " ")
 
 
 def _speed(per_second: float) -> str:
     """Write a speed; a slow one keeps a decimal, or it would read as 0 or 1."""
-    return f"{per_second:.1f}" if per_second < 10 else _grouped(round(per_second))
+    return f"{per_second:.1f}" if per_second < 10 else grouped(round(per_second))
