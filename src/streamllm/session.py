@@ -40,6 +40,9 @@ Recall = Literal["auto", "off"]
 SAVE_EVERY = 512
 """Tokens of a reply after which a session on disk is saved in its middle."""
 
+PATIENCE = 0.5
+"""Seconds to wait for another thread: more than a search takes, less than anyone would call hanging."""
+
 RECALL_SHARE = 4
 """What is recalled for a turn takes at most one in so many tokens of the window."""
 
@@ -470,8 +473,8 @@ class Chat:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Refuse a second thread."""
-        if not self.lock.acquire(blocking=False):
+        """Refuse a second thread, unless the first has done in a moment."""
+        if not self.lock.acquire(timeout=PATIENCE):
             raise BusyError("Another thread is using this conversation; wait for it, or fork() the conversation.")
         try:
             yield
