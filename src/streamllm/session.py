@@ -43,7 +43,7 @@ SAVE_EVERY = 512
 PATIENCE = 0.5
 """Seconds to wait for another thread: more than a search takes, less than anyone would call hanging."""
 
-RECALL_SHARE = 4
+RECALL_SHARE = 3
 """What is recalled for a turn takes at most one in so many tokens of the window."""
 
 
