@@ -495,7 +495,8 @@ def test_what_a_save_left_that_was_killed_is_gone_when_the_session_is_held_again
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for _ in range(2):
-        assert subprocess.run([sys.executable, "-c", code, path / "state.stream"], env=environment).returncode == -9
+        killed = subprocess.run([sys.executable, "-c", code, path / "state.stream"], env=environment, check=False)
+        assert killed.returncode == -signal.SIGKILL
     for name in (".other.part", "state.stream", ".state.stream.note"):
         (path / name).write_text("mine")
     before = {file.name for file in path.iterdir()}
@@ -741,7 +742,7 @@ def test_a_strange_setting_is_refused_in_one_sentence_and_nothing_is_made(
 
 def test_all_that_a_conversation_keeps_is_let_in(tmp_path: Path, folder: Path) -> None:
     """Reference: the settings of a conversation with all options and an index of meanings, which goes on."""
-    model, tokenizer = talker(CHATML.replace("<|im_start|>", "{{ mood or '' }}<|im_start|>", 1))
+    model, tokenizer = talker("{{ mood or '' }}" + CHATML)
     options: dict[str, Any] = {
         "template_options": {"mood": "calm"},
         "system": "Be kind.",

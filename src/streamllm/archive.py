@@ -2,7 +2,8 @@
 
 A zip with three members: ``session.json`` (format, name, settings), ``transcript.jsonl`` (see ``transcript_lines``)
 and ``state.stream``, where a stream was saved. A file may come from outside: its members are read by these names alone,
-their sizes are bounded, settings and lines are checked, and a session comes to be whole or not at all. Constant memory, however long the transcript is.
+their sizes are bounded, settings and lines are checked, and a session comes to be whole or not at all. Constant memory,
+however long the transcript is.
 """
 
 from __future__ import annotations

@@ -32,13 +32,15 @@ def check_settings(settings: dict[str, Any], what: str) -> None:
     """
     for name, value in settings.items():
         try:
-            if name not in _CHECKS:
-                raise ConfigError("there is no setting of that name")
             json.dumps(value, ensure_ascii=False).encode()  # half a character is JSON, but no text
-            _CHECKS[name](value)
+            _CHECKS.get(name, _unknown)(value)
         except (ConfigError, TypeError, ValueError) as error:
             reason = str(error).rstrip(".")
             raise StateError(f"{what} cannot be used, {name[:40]!r}: {reason}; export the session again.") from error
+
+
+def _unknown(_value: Any) -> None:
+    raise ConfigError("there is no setting of that name")
 
 
 def _text(value: Any) -> None:

@@ -199,7 +199,9 @@ def delete_session(name: str, folder: Path | None = None) -> None:
         hold.move(hidden(path.parent))  # the name is free at once, also if the process dies in the middle
         shutil.rmtree(hold.path)
     except OSError as error:
-        raise StateError(f"Session {name!r} cannot be deleted: {hold.path}: {error.strerror or error}.") from error
+        raise StateError(
+            f"Session {name!r} cannot be deleted: {error.filename or path}: {error.strerror or error}."
+        ) from error
     finally:
         hold.release()
 
