@@ -255,7 +255,7 @@ class Chat:
             number, context = self.turns + 1, self._context
             if self.template.is_incremental:
                 self._make_whole()
-                ids, closing = context.piece(content, self.transcript.last())
+                ids, closing = context.piece(content, self.transcript)
                 snapshot = context.snapshot(number) if self._snapshots.most else None
                 self.transcript.begin(text, preface=quote(found), prompt_ids=ids, count=self._count)
                 if snapshot is not None:

@@ -55,6 +55,12 @@ def _count(value: Any) -> None:
     _need(type(value) is int and 0 <= value < 2**63, "it must be a whole number", value)
 
 
+def _spelling(value: Any) -> None:
+    _need(isinstance(value, list), "it must be a list of ids", value)
+    for each in value:
+        _count(each)
+
+
 def _cache(value: Any) -> None:
     _bounded(value)
     CacheConfig(**value)
@@ -103,8 +109,10 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "created": _number,
     "embeddings": _count,
     "fingerprint": _fingerprint,
+    "foreign": _count,
     "model": _text,
     "sampling": _sampling,
+    "spelling": _spelling,
     "system": _text,
     "template": _template,
 }
