@@ -383,17 +383,16 @@ def test_a_step_that_always_fails_is_told_of_once(loaded, monkeypatch: pytest.Mo
     ]
 
 
-def test_a_piece_of_a_prompt_takes_as_long_as_four_steps(loaded, engine) -> None:
+def test_a_piece_of_a_prompt_takes_as_long_as_four_steps(engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: by hand, from seconds that are given; at least 16 tokens, at most 256."""
     engine._token_s = 0.001
     assert engine._width() == 256
-    engine._places.active.append(SimpleNamespace(state="decoding"))
+    monkeypatch.setattr(engine._places, "active", [SimpleNamespace(state="decoding")])
     for step_s, width in [(0.010, 40), (0.1, 256), (0.001, 16)]:
         engine._step_s = step_s
         assert engine._width() == width
     engine._token_s = 0.0
     assert engine._width() == 256
-    engine._places.active.clear()
 
 
 def test_long_prompts_are_read_in_turns(loaded, engine, monkeypatch: pytest.MonkeyPatch) -> None:
