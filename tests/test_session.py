@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -17,9 +18,12 @@ import pytest
 from transformers import PreTrainedModel
 
 from chats import CHATML, LAST_USER, talker
+from stories import STORIES
+from streamllm.archive import export_session, import_session
 from streamllm.cache import SinkCache
 from streamllm.config import SamplingConfig
 from streamllm.errors import BusyError, CacheError, ConfigError, InputError, StateError
+from streamllm.models import load
 from streamllm.session import Chat
 from streamllm.sessions import Session
 
@@ -458,6 +462,26 @@ def test_a_session_of_another_model_is_read_anew_with_its_own_ids() -> None:
         assert chat.send("Hello").text() is not None
 
 
+def test_a_session_goes_on_from_its_archive(tmp_path: Path) -> None:
+    """Reference: the session that was not carried; it was said with two tokenizers, so every setting is there."""
+    with make(None, session="talk", window=100) as chat:
+        talk(chat, 2)
+    model, tokenizer = load(STORIES)
+    options = {"sampling": GREEDY, "max_tokens": 5, "recall": "off"}
+    with Chat(model, tokenizer, session="talk", **options) as chat:
+        talk(chat, 2)
+    export_session("talk", tmp_path / "talk.zip")
+    import_session(tmp_path / "talk.zip", "other")
+    with (
+        Chat(model, tokenizer, session="talk", **options) as chat,
+        Chat(model, tokenizer, session="other", **options) as other,
+    ):
+        assert chat.transcript.settings() == other.transcript.settings()
+        assert {"foreign", "spelling"} <= chat.transcript.settings().keys()
+        assert talk(chat, 2) == talk(other, 2)
+        assert not any("anew" in note for note in other.notes)
+
+
 def test_what_contradicts_a_session_is_refused() -> None:
     with make(session="talk", window=100) as chat:
         talk(chat, 1)
@@ -513,7 +537,8 @@ def test_a_full_disk_in_the_middle_of_a_reply_loses_nothing(monkeypatch: pytest.
 KILLED = """
 import sys
 from test_session import GREEDY, SAID, SYSTEM, make
-chat = make(system=SYSTEM, session="talk", window=100, max_tokens=40)
+from streamllm.config import SamplingConfig
+chat = make(system=SYSTEM, session="talk", window=100, max_tokens=40, sampling=SamplingConfig(seed=7))
 print(chat.can_resume, flush=True)
 if chat.can_resume:
     for chunk in chat.resume(max_tokens=40 - chat.transcript.last().reply_tokens):
@@ -526,9 +551,9 @@ chat.close()
 
 
 def test_a_session_that_was_killed_twice_says_what_it_would_have_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reference: the conversation that was not killed, reply for reply and id for id."""
+    """Reference: the conversation that was not killed, reply for reply and id for id; the first kill is in turn 1."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    for tokens in (37, 61, None):
+    for tokens in (5, 61, None):
         process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         seen = 0
@@ -539,7 +564,7 @@ def test_a_session_that_was_killed_twice_says_what_it_would_have_said(monkeypatc
                 break
         process.stdout.close()
         assert process.wait() == (0 if tokens is None else -signal.SIGKILL)
-    with make(system=SYSTEM, window=100, max_tokens=40) as other:
+    with make(system=SYSTEM, window=100, max_tokens=40, sampling=SamplingConfig(seed=7)) as other:
         talk(other, 10)
         want = [(row.user, row.reply, row.finish) for row in other.history()]
         with make(session="talk") as chat:
@@ -547,6 +572,205 @@ def test_a_session_that_was_killed_twice_says_what_it_would_have_said(monkeypatc
             for number in range(1, 11):
                 assert chat.transcript.reply_ids(number) == other.transcript.reply_ids(number)
             assert chat.tokens_seen == other.tokens_seen
+
+
+# ---- whatever breaks off
+
+
+class Interrupted:
+    """A connection that is interrupted once, right behind one command."""
+
+    def __init__(self, connection: sqlite3.Connection, command: str, skip: int) -> None:
+        self.connection, self.command, self.skip = connection, command, skip
+
+    def execute(self, query: str, *values: object) -> sqlite3.Cursor:
+        found = self.connection.execute(query, *values)
+        if query == self.command:
+            self.skip -= 1
+            if self.skip == -1:
+                raise KeyboardInterrupt
+        return found
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.connection, name)
+
+
+@pytest.mark.parametrize("command", ["BEGIN IMMEDIATE", "COMMIT"])
+@pytest.mark.parametrize("skip", [0, 1, 3])
+def test_an_interrupt_while_a_token_is_written_loses_and_doubles_nothing(command: str, skip: int) -> None:
+    """Reference: the reply that was not interrupted."""
+    with make(on_end="pass", max_tokens=12) as other:
+        other.send(SAID[0]).text()
+        want = other.transcript.turn(1)
+        ids = other.transcript.reply_ids(1)
+    with make(on_end="pass", max_tokens=12) as chat:
+        reply = chat.send(SAID[0])
+        database = chat.transcript.database
+        connection = database._connection
+        database._connection = Interrupted(connection, command, skip)
+        with pytest.raises(KeyboardInterrupt):
+            reply.text()
+        database._connection = connection
+        assert chat.can_resume
+        chat.resume(max_tokens=12 - chat.transcript.turn(1).reply_tokens).text()
+        assert chat.transcript.reply_ids(1) == ids
+        assert chat.transcript.turn(1).reply == want.reply
+        assert chat.notes == []
+        chat.send("Hello", max_tokens=2).text()
+        assert chat.tokens_seen == chat.transcript.tokens() - 1
+
+
+def test_a_search_in_another_thread_harms_no_reply() -> None:
+    """Reference: the reply that nobody searched beside."""
+    with make(on_end="pass", max_tokens=60) as other:
+        want = other.send(SAID[0]).text()
+    errors: list[BaseException] = []
+    done = threading.Event()
+    with make(on_end="pass", max_tokens=60) as chat:
+
+        def look() -> None:
+            while not done.is_set():
+                try:
+                    chat.search("house")
+                except BaseException as error:
+                    errors.append(error)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        text = chat.send(SAID[0]).text()
+        done.set()
+        thread.join()
+        assert (text, errors) == (want, [])
+        assert chat.transcript.turn(1).reply == want
+
+
+def test_a_full_disk_at_the_end_of_a_reply_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the same reply with room."""
+    with make() as other:
+        want = other.send(SAID[0]).text()
+        assert other.transcript.turn(1).finish == "end"
+    with make() as chat:
+        with monkeypatch.context() as patch:
+
+            def full(*_: object) -> None:
+                raise StateError("The disk is full.")
+
+            patch.setattr(chat.transcript, "end", full)
+            assert chat.send(SAID[0]).text() == want
+            assert any("full" in note for note in chat.notes)
+            with pytest.raises(StateError, match="full"):
+                chat.send("Hello")
+        with pytest.raises(CacheError, match="no reply that was cut off"):
+            chat.resume()
+        row = chat.transcript.turn(1)
+        assert (row.reply, row.finish) == (want, "end")
+
+
+def test_instructions_that_were_interrupted_are_read_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make(system=SYSTEM, window=150) as chat:
+        talk(chat, 2)
+        with monkeypatch.context() as patch:
+
+            def interrupt(*_: object) -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr("streamllm.context.read", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                chat.set_system("Be brief.")
+        with watched(chat.model) as read:
+            chat.send("Hello").text()
+        assert "Be brief." in chat.tokenizer.decode(read[: len(chat.template.head)])
+        assert SAID[1] in chat.tokenizer.decode(read)
+
+
+def test_a_fork_of_a_half_read_turn_knows_that_it_is_one() -> None:
+    with make(window=200) as chat:
+        reply = chat.send("The cat sat on the mat and looked at the moon. " * 60, progress=lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(reply)
+        with chat.fork() as other:
+            assert other.send("Hello", max_tokens=2).text() is not None
+            assert any("interrupted" in note for note in other.notes)
+            assert other.tokens_seen == other.transcript.tokens() - 1
+
+
+def test_text_that_was_held_back_comes_with_the_end_of_the_reply() -> None:
+    """Reference: the reply that was not broken off; the stop string begins like what is said, and never ends."""
+    stop = ["The dog is a dragon", "And the little house is"]
+    with make(on_end="pass", max_tokens=20) as other:
+        want = other.send(SAID[0]).text()
+    for tokens in range(1, 12):
+        with make(on_end="pass", max_tokens=20, stop=stop) as chat:
+            reply = chat.send(SAID[0])
+            for _ in range(tokens):
+                next(reply)
+            reply.close()
+            ids = chat.transcript.reply_ids(1)
+            assert chat.transcript.turn(1).reply == chat.tokenizer.decode(ids, skip_special_tokens=True)
+            chat.resume(max_tokens=20 - tokens).text()
+            assert chat.transcript.turn(1).reply == want
+
+
+def test_a_call_that_fails_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make(session="mine") as chat:
+        talk(chat, 4)
+        with pytest.raises(InputError):
+            chat.edit(2, "half: \ud800")
+        assert chat.turns == 4
+
+        def full(*_: object) -> None:
+            raise StateError("The disk is full.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(chat.transcript, "undo", full)
+            with pytest.raises(StateError, match="full"):
+                chat.undo(2)
+        chat.undo(2)
+        assert chat.turns == 2
+        chat.clear()
+    with make() as other, pytest.raises(ConfigError, match="not new"):
+        other.fork("mine")
+
+
+def test_sampling_is_kept_with_a_session(folder: Path) -> None:
+    with make(session="talk") as chat:
+        talk(chat, 1)
+        chat.sampling = SamplingConfig(temperature=0.3)
+    with make(session="talk", sampling=None) as chat:
+        assert chat.sampling == SamplingConfig(temperature=0.3)
+    (folder / "talk" / "state.stream").unlink()
+    with make(session="talk", sampling=None, system="Be brief.") as chat:
+        assert chat.sampling == SamplingConfig(temperature=0.3)
+
+
+def test_sampling_that_is_set_during_a_reply_counts_from_the_next_one_on() -> None:
+    """Reference: set between the two replies."""
+    first, second = SamplingConfig(seed=3), SamplingConfig(seed=3, temperature=0.5, repetition_penalty=1.3)
+    with make(on_end="pass", sampling=first) as chat, make(on_end="pass", sampling=first) as other:
+        want = talk(other, 1)
+        other.sampling = second
+        want += talk(other, 1, first=1)
+        reply = chat.send(SAID[0])
+        text = "".join(next(reply).text for _ in range(5))
+        chat.sampling = second
+        assert chat.sampling == second
+        assert [text + reply.text(), *talk(chat, 1, first=1)] == want
+
+
+def test_turns_said_with_another_tokenizer_are_spelt_anew_however_often() -> None:
+    """Reference: the texts themselves."""
+    with make(None, session="talk", window=150, on_end="pass") as chat:
+        talk(chat, 3)
+        texts = [(row.user, row.reply) for row in chat.history()]
+    model, tokenizer = load(STORIES)
+    with Chat(model, tokenizer, session="talk", sampling=GREEDY, max_tokens=5, recall="off") as chat:
+        assert any("another tokenizer" in note for note in chat.notes)
+        for _ in range(2):
+            with watched(chat.model) as read:
+                chat._rebuild()
+            for user, reply in texts[1:2]:
+                assert user in tokenizer.decode(read)
+                assert reply.strip() in tokenizer.decode(read)
 
 
 # ---- recall
@@ -569,6 +793,49 @@ def test_what_left_the_window_is_put_in_front_of_a_turn_that_asks_for_it() -> No
         row = chat.transcript.turn(chat.turns)
         assert "48151623" in row.preface
         assert row.user == "What is the secret code of the treasure chest?"
+
+
+def test_what_is_in_the_window_because_it_was_quoted_is_not_quoted_again() -> None:
+    with make(window=250, recall="auto") as chat:
+        chat.send("The secret code of the treasure chest is 48151623.").text()
+        talk(chat, 14)
+        first = chat.send("What is the secret code of the treasure chest?")
+        assert len(first.recalled) == 1
+        first.text()
+        again = chat.send("What is the secret code of the treasure chest?")
+        assert again.recalled == ()
+
+
+def test_what_a_template_without_pieces_reads_again_is_not_quoted_besides() -> None:
+    with make(LAST_USER, system=SYSTEM, window=400, recall="auto") as chat:
+        chat.send("The secret code of the treasure chest is 48151623.").text()
+        for _ in range(3):
+            chat.send(SAID[1]).text()
+        with watched(chat.model) as read:
+            reply = chat.send("What is the secret code of the treasure chest?")
+            reply.text()
+        assert reply.recalled == ()
+        assert chat.tokenizer.decode(read).count("48151623") == 1
+        assert reply.record.turns_evicted == 0
+
+
+def test_after_reading_anew_nothing_is_taken_for_gone_that_is_there() -> None:
+    """Reference: the text of what the cache holds."""
+    with make(system=SYSTEM * 5, window=200, recall="auto") as chat, watched(chat.model) as read:
+        talk(chat, 8)
+        for _ in range(6):
+            del read[:]
+            chat._rebuild()
+            seen = list(read)
+            talk(chat, 3)
+            held = chat.cache.tokens_cached - chat.cache.rows[0].pinned
+            window = chat.tokenizer.decode((seen + read)[-held:])
+            for number in range(1, chat.turns + 1):
+                (passage,) = [p for p in chat.search(chat.transcript.turn(number).user, 50) if p.turn == number][:1]
+                if chat._context.place.has_left(passage):
+                    place = window.find(f"user\n{passage.text}")
+                    later = [chat.transcript.turn(k).user for k in range(chat._context.oldest, chat.turns + 1)]
+                    assert place < 0 or passage.text in later
 
 
 def test_recall_can_be_off_and_passages_can_be_chosen() -> None:

@@ -2,7 +2,8 @@
 
 A zip with three members: ``session.json`` (format, name, settings), ``transcript.jsonl`` (see ``transcript_lines``)
 and ``state.stream``, where a stream was saved. A file may come from outside: its members are read by these names alone,
-their sizes are bounded, and a session comes to be whole or not at all. Constant memory, however long the transcript is.
+their sizes are bounded, settings and lines are checked, and a session comes to be whole or not at all. Constant memory,
+however long the transcript is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import IO, Any
 from streamllm.atomic import replacing
 from streamllm.errors import StateError, StreamLLMError
 from streamllm.hold import Hold, make_private
+from streamllm.session_settings import check_settings
 from streamllm.sessions import STATE, TRANSCRIPT, Session, check_name, hidden, sessions_folder, sweep
 from streamllm.transcript import Transcript
 from streamllm.transcript_lines import dump, load
@@ -135,6 +137,7 @@ def _header(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
         )
     if not isinstance(header.get("name"), str) or not isinstance(header.get("settings"), dict):
         raise StateError(f"{HEADER} in {file} lacks the name or the settings; export the session again.")
+    check_settings(header["settings"], f"A setting in {file}")
     return header
 
 

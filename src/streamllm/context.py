@@ -52,7 +52,6 @@ class Context:
     def __post_init__(self) -> None:
         self.cache = self._new_cache(self.template)
         self.residents = Residents()
-        self._due = 0  # tokens that the cache must have seen before a reply can begin
 
     # ---- counters
 
@@ -62,11 +61,6 @@ class Context:
         return self.cache.config.window or 0
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the cache holds what it should: no interrupt has left it half-written, or a turn half-read."""
-        return self.cache.is_whole and self.cache.tokens_seen + len(self.cache.unread) >= self._due
-
-    @property
     def tokens_seen(self) -> int:
         """Tokens of the conversation so far."""
         return self.residents.before + self.cache.tokens_seen
@@ -74,7 +68,7 @@ class Context:
     @property
     def tokens_evicted(self) -> int:
         """Tokens of the conversation that have left the window."""
-        return self.tokens_seen - self.cache.tokens_cached
+        return max(0, self.tokens_seen - self.cache.tokens_cached)
 
     @property
     def oldest(self) -> int:
@@ -96,21 +90,23 @@ class Context:
 
     # ---- turns
 
-    def piece(self, content: str, last: TurnRow | None) -> tuple[list[int], int]:
-        """The ids of the next turn after ``last``, and how many of them still belong to that one."""
+    def piece(self, content: str, transcript: Transcript) -> tuple[list[int], int]:
+        """The ids of the next turn, and how many of them still belong to the last one."""
+        last = transcript.last()
         if last is None:
             return self.template.head + self.template.opening(content), 0
-        return self.template.following(content, last.end_id), self.template.closing(last.end_id)
+        end_id = _end_id(last, transcript)
+        return self.template.following(content, end_id), self.template.closing(end_id)
 
-    def enter(self, number: int, tokens: int, closing: int, skipped: int = 0) -> None:
-        """Turn ``number`` begins: ``tokens`` are read next, of which ``closing`` still belong to the turn before.
+    def enter(self, number: int, closing: int, ahead: int = 0) -> None:
+        """Turn ``number`` begins with what is read next, of which ``closing`` tokens still belong to the turn before.
 
-        ``skipped``: tokens of it that will not be read.
+        ``ahead``: so many tokens are counted to what comes before. Of a turn that is not read as it first was, it is
+        not known where its parts lie in the window; then all of it counts as there until all of it has left.
         """
-        first = self.cache.tokens_seen + len(self.cache.unread)
-        self.residents.begin(number, first - skipped)
-        self.cache.mark(len(self.cache.unread) + closing)
-        self._due = first + tokens
+        unread = len(self.cache.unread)
+        self.residents.begin(number, self.cache.tokens_seen + unread + ahead)
+        self.cache.mark(unread + closing)
 
     def snapshot(self, number: int) -> Snapshot:
         """The stream where turn ``number`` begins."""
@@ -118,7 +114,7 @@ class Context:
 
     def go_back(self, snapshot: Snapshot) -> None:
         """Be as at ``snapshot`` again; the random numbers go on."""
-        self.cache, self.residents, self._due = snapshot.cache.fork(), snapshot.residents.copy(), 0
+        self.cache, self.residents = snapshot.cache.fork(), snapshot.residents.copy()
         self.sampler.recent.clear()
         self.sampler.observe(snapshot.recent)
 
@@ -138,23 +134,27 @@ class Context:
             ConfigError: its system prompt is larger than the window; nothing has changed then.
         """
         self.cache = self._new_cache(template)
-        self.template, self.residents, self._due = template, Residents(), 0
+        self.template, self.residents = template, Residents()
 
-    def reread(self, transcript: Transcript, *, is_same_model: bool = True) -> None:
-        """Read the newest turns that fit into the window anew; ``is_same_model``: their ids are known."""
+    def reread(self, transcript: Transcript) -> None:
+        """Read the newest turns that fit into the window anew."""
         self.change(self.template)
         if not self.template.is_incremental or not transcript.count():
             return
-        pieces = tail(transcript, self.template, self.tokenizer, self.window, is_same_model=is_same_model)
+        foreign = transcript.get("foreign", 0)
+        pieces = tail(transcript, self.template, self.tokenizer, self.window, foreign)
         for piece in pieces:
-            self.enter(piece.number, len(piece.ids), piece.closing, piece.skipped)
+            self.enter(piece.number, piece.closing, len(piece.ids))
             read(self.model, self.tokenizer, self.cache, piece.ids)
             self.sampler.observe(piece.ids)
-        self.residents.before = max(0, transcript.tokens() - sum(len(piece.ids) for piece in pieces))
+        self.residents.before = transcript.tokens() - sum(len(piece.ids) for piece in pieces)
 
-    def whole(self, transcript: Transcript, content: str, before: int) -> list[int]:
-        """The ids of a turn with as many of those before turn ``before`` as fit: for templates without pieces."""
-        messages = [_said(content)]
+    def whole(self, transcript: Transcript, content: str, before: int) -> tuple[list[int], int]:
+        """The ids of turn ``before`` with as many of those in front of it as fit, and the number of the first of them.
+
+        For templates without pieces.
+        """
+        messages, first = [_said(content)], before
         ids = self.template.whole(messages)
         for number in range(before - 1, 0, -1):
             row = transcript.turn(number)
@@ -162,13 +162,14 @@ class Context:
             longer = self.template.whole(messages)
             if len(longer) > self.window:
                 break
-            ids = longer
-        return ids
+            ids, first = longer, number
+        return ids, first
 
-    def forget(self, tokens: int) -> None:
-        """Empty the cache; of the conversation's ``tokens`` none is in it."""
+    def forget(self, tokens: int, first: int) -> None:
+        """Empty the cache for a window that begins with turn ``first``, and behind ``tokens`` of the conversation."""
         self.cache.reset()
-        self.residents, self._due = Residents(before=tokens), 0
+        self.residents = Residents(before=tokens)
+        self.residents.begin(first, len(self.template.head))
 
     # ---- on disk
 
@@ -207,7 +208,7 @@ class Context:
         last = first
         for row in transcript.turns(number + 1):
             ids = transcript.prompt_ids(row.number)
-            self.enter(row.number, len(ids), self.template.closing(last.end_id) if last else 0)
+            self.enter(row.number, self.template.closing(_end_id(last, transcript)) if last else 0)
             self._replay(row, ids, transcript.reply_ids(row.number))
             last = row
 
@@ -229,6 +230,11 @@ class Context:
                 f"The system prompt has {head} tokens, the window {window}: shorten it, or give a larger window."
             )
         return cache
+
+
+def _end_id(row: TurnRow, transcript: Transcript) -> int | None:
+    """The end token of a reply; none if another tokenizer drew it."""
+    return row.end_id if row.number > transcript.get("foreign", 0) else None
 
 
 def _said(content: str) -> dict[str, str]:

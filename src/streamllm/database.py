@@ -78,8 +78,8 @@ class Database:
             StateError: they cannot be written.
         """
         with self._sentences():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
+            try:  # around all of it: an interrupt may come right behind any of the three
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
                 self._connection.execute("COMMIT")
             except BaseException:

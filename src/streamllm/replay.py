@@ -82,12 +82,11 @@ def tail(
     template: ChatTemplate,
     tokenizer: PreTrainedTokenizerBase,
     window: int,
-    *,
-    is_same_model: bool,
+    foreign: int,
 ) -> list[Piece]:
     """The newest turns that fit into ``window`` tokens, at least the end of the last one.
 
-    ``is_same_model``: the ids of replies are those of this tokenizer; otherwise their text is encoded anew.
+    ``foreign``: turns up to this number were spelt by another tokenizer, so their texts are encoded anew.
     """
     rows: list[TurnRow] = []
     left = window
@@ -102,11 +101,11 @@ def tail(
         content = row.preface + row.user
         head: list[int] = []
         if place:
-            end_id = rows[place - 1].end_id if is_same_model else None
+            end_id = rows[place - 1].end_id if rows[place - 1].number > foreign else None
             ids, closing = template.following(content, end_id), template.closing(end_id)
         else:
             head, ids, closing = template.head, template.opening(content), 0
-        if is_same_model:
+        if row.number > foreign:
             ids = ids + transcript.reply_ids(row.number)
         else:
             ids = ids + list(tokenizer(row.reply, add_special_tokens=False)["input_ids"])

@@ -6,6 +6,7 @@ Knows nothing about caches or templates: the conversation (``session``) hands th
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,7 +65,13 @@ class TurnRecord:
 
 
 class Listener(Protocol):
-    """Who is told of a reply: the conversation."""
+    """Who is told of a reply: the conversation.
+
+    Attributes:
+        lock: held during every step of a reply; who else wants the conversation waits or is refused.
+    """
+
+    lock: threading.RLock
 
     def took(self, reply: Reply, chunk: Chunk) -> Chunk:
         """A chunk has come; it is handed on as it is returned."""
@@ -112,6 +119,10 @@ class Reply(Iterator[Chunk]):
         return self
 
     def __next__(self) -> Chunk:
+        with self._listener.lock:
+            return self._next()
+
+    def _next(self) -> Chunk:
         if self.finish is not None:
             raise StopIteration
         if self._chunks is None:
@@ -136,7 +147,8 @@ class Reply(Iterator[Chunk]):
     @property
     def record(self) -> TurnRecord:
         """What the turn has cost so far, or in all."""
-        return self._record or self._listener.measure(self)
+        with self._listener.lock:
+            return self._record or self._listener.measure(self)
 
     def text(self) -> str:
         """The rest of the reply."""
@@ -144,8 +156,9 @@ class Reply(Iterator[Chunk]):
 
     def close(self) -> None:
         """Break the reply off; it stays as far as it has come. Does nothing if it has ended."""
-        if self.finish is None:
-            self._end("interrupted", None)
+        with self._listener.lock:
+            if self.finish is None:
+                self._end("interrupted", None)
 
     def _end(self, finish: str, end_id: int | None) -> None:
         self.finish = finish

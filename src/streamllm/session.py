@@ -20,12 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from streamllm.cache import SinkCache
 from streamllm.config import CacheConfig, OnEnd, SamplingConfig
 from streamllm.context import Context
+from streamllm.detokenize import Decoder
 from streamllm.errors import BusyError, CacheError, ConfigError, InputError, StateError
 from streamllm.loop import Chunk, end_ids, stream
 from streamllm.passages import Passage
-from streamllm.recall import BUDGET_TOKENS, WordIndex, matching, quote
+from streamllm.recall import BUDGET_TOKENS, Index, WordIndex, matching, quote
 from streamllm.reply import Reply, TurnRecord
 from streamllm.sampling import Sampler
+from streamllm.scribe import Scribe
 from streamllm.sessions import Session
 from streamllm.snapshots import Snapshots
 from streamllm.state import load_state, save_state
@@ -38,8 +40,15 @@ Recall = Literal["auto", "off"]
 SAVE_EVERY = 512
 """Tokens of a reply after which a session on disk is saved in its middle."""
 
-RECALL_SHARE = 4
+PATIENCE = 0.5
+"""Seconds to wait for another thread: more than a search takes, less than anyone would call hanging."""
+
+RECALL_SHARE = 3
 """What is recalled for a turn takes at most one in so many tokens of the window."""
+
+
+SPELT = "The quick brown fox, 1234567890 times:\n\tna\u00efve \u4f60\u597d (why?) <a href='#'> x_y=z; ..."
+"""A text that tokenizers spell differently."""
 
 
 class Chat:
@@ -53,6 +62,7 @@ class Chat:
         max_tokens: tokens of a reply at most; ``None``: until it ends.
         on_end, stop: as of ``stream``.
         recall: "auto" puts passages that left the window, and match a turn, in front of it; "off" does not.
+        index: makes what finds passages in a transcript, such as an ``EmbeddingIndex``.
         snapshots: how many turns can be taken back exactly; each costs a copy of the cache (see ``MAX_BYTES``).
         session: a session on disk, or its name, to go on with or to begin; ``None``: nothing is kept.
         compile: as of ``stream``.
@@ -84,6 +94,7 @@ class Chat:
         on_end: OnEnd = "stop",
         stop: Sequence[str] = (),
         recall: Recall = "auto",
+        index: Callable[[Transcript], Index] = WordIndex,
         snapshots: int = 8,
         session: Session | str | None = None,
         compile: bool = False,
@@ -94,12 +105,13 @@ class Chat:
         self.model, self.tokenizer = model, tokenizer
         self.max_tokens, self.stop, self.recall, self.compile = max_tokens, tuple(stop), recall, compile
         self.notes: list[str] = []
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._reply: Reply | None = None
-        self._pending: tuple[str, list[int]] | None = None  # of the reply, and could not be written
+        self._quoted: dict[int, set[int]] = {}  # ids of passages by the turn that they stand in front of
         self._stats: Stats | None = None
         self._snapshots = Snapshots(snapshots)
-        self._on_end = on_end
+        self._on_end: OnEnd = on_end
+        self._make_index = index
         self.session = Session(session) if isinstance(session, str) else session
         self.transcript = self.session.transcript if self.session else Transcript()
         try:
@@ -108,8 +120,10 @@ class Chat:
             self._options = self.transcript.get("template", {}) if template_options is None else template_options
             before = self.transcript.get("system", None)
             template = ChatTemplate(tokenizer, before if system is None else system, **self._options)
-            sampler = Sampler(sampling or SamplingConfig(), device=model.device, banned=self._banned)
+            sampling = sampling or SamplingConfig(**self.transcript.get("sampling", {}))
+            sampler = Sampler(sampling, device=model.device, banned=self._banned)
             self._context = Context(model, tokenizer, template, asked, sampler)
+            self._scribe = Scribe(self.transcript, self._context)
             self._open(sampling, is_new_system=system is not None and system != before)
         except BaseException:
             self.transcript.close()
@@ -117,7 +131,8 @@ class Chat:
                 self.session.close()
             raise
         self.notes += template.notes
-        self._index = WordIndex(self.transcript)
+        self._index = index(self.transcript)
+        self._sampling = self._context.sampler.config
 
     # ---- what is there
 
@@ -155,23 +170,23 @@ class Chat:
     @property
     def sampling(self) -> SamplingConfig:
         """How tokens are drawn; another one takes effect with the next reply."""
-        return self._context.sampler.config
+        return self._sampling
 
     @sampling.setter
     def sampling(self, config: SamplingConfig) -> None:
         with self._alone():
-            self._context.sampler = self._context.sampler.changed(config, self._banned)
+            self.transcript.put("sampling", dataclasses.asdict(config))
+            self._sampling = config
 
     @property
     def on_end(self) -> OnEnd:
-        """What an end token does; see ``stream``."""
+        """What an end token does; see ``stream``. Another one takes effect with the next reply."""
         return self._on_end
 
     @on_end.setter
     def on_end(self, on_end: OnEnd) -> None:
         with self._alone():
             self._on_end = on_end
-            self._context.sampler = self._context.sampler.changed(self.sampling, self._banned)
 
     @property
     def stats(self) -> Stats | None:
@@ -203,8 +218,8 @@ class Chat:
         return self.transcript.turns(1 if last is None else max(1, self.turns - last + 1))
 
     def search(self, words: str, limit: int = 5) -> list[Passage]:
-        """Passages of the whole conversation that match ``words``, the best first."""
-        with self._alone():
+        """Passages of the whole conversation that match ``words``, the best first; waits while a token is drawn."""
+        with self.lock:
             return self._index.search(words, limit=limit)
 
     # ---- what is said
@@ -237,18 +252,21 @@ class Chat:
             self._settle()
             found = tuple(self._recalled(text) if recall is None else recall)
             content = quote(found) + text
-            number, context, closing = self.turns + 1, self._context, 0
+            number, context = self.turns + 1, self._context
             if self.template.is_incremental:
                 self._make_whole()
-                ids, closing = context.piece(content, self.transcript.last())
+                ids, closing = context.piece(content, self.transcript)
+                snapshot = context.snapshot(number) if self._snapshots.most else None
+                self.transcript.begin(text, preface=quote(found), prompt_ids=ids, count=self._count)
+                if snapshot is not None:
+                    self._snapshots.keep(snapshot)
+                context.enter(number, closing)
             else:
-                ids = context.whole(self.transcript, content, number)
-            self.transcript.begin(text, preface=quote(found), prompt_ids=ids, count=self._count)
-            if not self.template.is_incremental:
-                context.forget(max(0, self.transcript.tokens() - len(ids)))
-            elif self._snapshots.most:
-                self._snapshots.keep(context.snapshot(number))
-            context.enter(number, len(ids), closing)
+                ids, first = context.whole(self.transcript, content, number)
+                self.transcript.begin(text, preface=quote(found), prompt_ids=ids, count=self._count)
+                context.forget(self.transcript.tokens() - len(ids), first)
+                context.enter(number, 0, len(ids))
+            self._quoted[number] = {passage.id for passage in found}
             return self._answer(number, ids, found, max_tokens, progress)
 
     def resume(self, *, max_tokens: int | None = None, progress: Callable[[int], None] | None = None) -> Reply:
@@ -269,10 +287,12 @@ class Chat:
             ids = None
             if not self.template.is_incremental and not self.cache.tokens_seen:
                 last = self.transcript.turn(self.turns)
-                ids = self._context.whole(self.transcript, last.preface + last.user, last.number)
+                ids, first = self._context.whole(self.transcript, last.preface + last.user, last.number)
                 ids += self.transcript.reply_ids(last.number)
+                self._context.forget(self.transcript.tokens() - len(ids), first)
+                self._context.enter(last.number, 0, len(ids))
             self.transcript.reopen()
-            return self._answer(self.turns, ids, (), max_tokens, progress)
+            return self._answer(self.turns, ids, (), max_tokens, progress, self._scribe.decoder())
 
     def undo(self, turns: int = 1, *, rebuild: bool = False) -> None:
         """Take the last turns back.
@@ -290,17 +310,16 @@ class Chat:
             if not 1 <= turns <= self.turns:
                 raise ConfigError(f"Cannot take {turns} turns back: there are {self.turns}.")
             first = self.turns - turns + 1
-            snapshot = self._snapshots.take(first) if self.template.is_incremental else None
-            if snapshot is None and self.template.is_incremental and not rebuild:
+            if self.template.is_incremental and not self._snapshots.has(first) and not rebuild:
                 oldest = self._snapshots.oldest
                 possible = "no turn can be taken back exactly" if oldest is None else f"turns from {oldest} on can be"
                 raise CacheError(
                     f"Turn {first} cannot be taken back exactly, its snapshot is not kept; {possible}. With "
                     "rebuild=True (/undo rebuild) the window is read anew from the transcript."
                 )
-            self.transcript.undo(turns)
-            self._reply = None
-            if snapshot is None:
+            self._take_back(turns)
+            snapshot = self._snapshots.take(first)
+            if snapshot is None or not self.template.is_incremental:
                 self._rebuild()
             else:
                 self._context.go_back(snapshot)
@@ -329,6 +348,7 @@ class Chat:
             said = self.transcript.turn(turn).user if text is None else text
             if not said.strip():
                 raise InputError("The message is empty; say something else.")
+            self.template.whole([{"role": "user", "content": said}])  # or it would be found out too late
             self.undo(self.turns - turn + 1, rebuild=rebuild)
             return self.send(said)
 
@@ -337,8 +357,8 @@ class Chat:
         with self._alone():
             self._settle()
             if self.turns:
-                self.transcript.undo(self.turns)
-            self._reply = self._stats = None
+                self._take_back(self.turns)
+            self._stats = None
             self._rebuild()
             self._save()
 
@@ -369,18 +389,25 @@ class Chat:
             other = object.__new__(Chat)
             other.__dict__ = dict(self.__dict__)
             other.session = Session(session) if isinstance(session, str) else session
-            if other.session is not None and other.session.transcript.count():
+            if other.session is not None and not (other.session.is_new and not other.session.transcript.count()):
                 other.session.close()
                 raise ConfigError(f"The session {other.session.name!r} is not new; give another name.")
-            if other.session is None:
-                other.transcript = self.transcript.copy()
-            else:
-                self.transcript.copy_into(other.session.transcript)
-                other.transcript = other.session.transcript
-            other._lock, other.notes, other._reply = threading.RLock(), [], None
-            other._context = self._context.copy()
+            try:
+                other._context = self._context.copy()
+                if other.session is None:
+                    other.transcript = self.transcript.copy()
+                else:
+                    self.transcript.copy_into(other.session.transcript)
+                    other.transcript = other.session.transcript
+            except BaseException:
+                if other.session is not None:
+                    other.session.close()
+                raise
+            other.lock, other.notes, other._reply = threading.RLock(), [], None
+            other._quoted = dict(self._quoted)
+            other._scribe = Scribe(other.transcript, other._context)
             other._snapshots = self._snapshots.copy()
-            other._index = WordIndex(other.transcript)
+            other._index = self._make_index(other.transcript)
             other._save()
             return other
 
@@ -389,6 +416,7 @@ class Chat:
         with self._alone():
             try:
                 self._settle()
+                self._save()
             finally:
                 self.transcript.close()
                 if self.session:
@@ -404,25 +432,23 @@ class Chat:
 
     def took(self, reply: Reply, chunk: Chunk) -> Chunk:
         """A chunk of ``reply`` has come: it goes to disk before it is shown."""
-        with self._alone():
-            ids = [] if chunk.id is None or chunk.finish == "end" else [chunk.id]
-            self._pending = (chunk.text, ids)
-            self._write_pending()
-            context = self._context
-            stats = replace(chunk.stats, tokens_seen=context.tokens_seen, tokens_evicted=context.tokens_evicted)
-            self._stats, chunk = stats, replace(chunk, stats=stats)
-            if reply.generated % SAVE_EVERY == 0 and not chunk.finish:
-                self._save()
-            return chunk
+        self._scribe.took(chunk)
+        context = self._context
+        stats = replace(chunk.stats, tokens_seen=context.tokens_seen, tokens_evicted=context.tokens_evicted)
+        self._stats = stats
+        if reply.generated % SAVE_EVERY == 0 and not chunk.finish:
+            self._save()
+        return replace(chunk, stats=stats)
 
     def ended(self, reply: Reply, finish: str, end_id: int | None) -> None:
-        """``reply`` has ended; an end token is the template's to put in."""
-        with self._alone():
-            if finish == "end":
-                self.cache.unread = []
-            if self._pending is None:
-                self.transcript.end(finish, end_id)
-                self._save()
+        """``reply`` has ended; if that cannot be written, it is tried again before anything else is said."""
+        self._scribe.ended(finish, end_id)
+        try:
+            self._scribe.settle()
+        except StateError as error:
+            self.notes.append(f"{error} What is missing in the transcript is written before the next turn.")
+        else:
+            self._save()
 
     def measure(self, reply: Reply) -> TurnRecord:
         """The record of ``reply`` at this moment."""
@@ -447,27 +473,30 @@ class Chat:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Refuse a second thread."""
-        if not self._lock.acquire(blocking=False):
+        """Refuse a second thread, unless the first has done in a moment."""
+        if not self.lock.acquire(timeout=PATIENCE):
             raise BusyError("Another thread is using this conversation; wait for it, or fork() the conversation.")
         try:
             yield
         finally:
-            self._lock.release()
+            self.lock.release()
 
     def _settle(self) -> None:
-        """End a reply that goes on, and write what could not be written."""
+        """End a reply that goes on, write what could not be written, and take over what was set meanwhile."""
         if self._reply is not None:
             self._reply.close()
-        if self._pending is not None:
-            self._write_pending()
-            self.transcript.end("interrupted", None)
+        if self._scribe.settle():
             self._save()
+        sampler = self._context.sampler
+        if (sampler.config, list(sampler.banned)) != (self._sampling, self._banned):
+            self._context.sampler = sampler.changed(self._sampling, self._banned)
 
-    def _write_pending(self) -> None:
-        assert self._pending is not None
-        self.transcript.write(*self._pending)
-        self._pending = None
+    def _take_back(self, turns: int) -> None:
+        """Take turns back in the transcript."""
+        self.transcript.undo(turns)
+        self._reply = None
+        if self.transcript.get("foreign", 0) > self.turns:
+            self.transcript.put("foreign", self.turns)
 
     def _answer(
         self,
@@ -476,8 +505,10 @@ class Chat:
         found: tuple[Passage, ...],
         most: int | None,
         progress: Callable[[int], None] | None,
+        decoder: Decoder | None = None,
     ) -> Reply:
         """The reply that comes after ``ids`` are read."""
+        self._scribe.begin()
 
         def begin() -> Iterator[Chunk]:
             return stream(
@@ -489,6 +520,7 @@ class Chat:
                 max_tokens=self.max_tokens if most is None else most,
                 stop=self.stop,
                 on_end=self._on_end,
+                decoder=decoder,
                 compile=self.compile,
                 progress=progress,
             )
@@ -504,7 +536,11 @@ class Chat:
         if self.recall == "off" or not self.tokens_evicted:
             return ()
         budget = min(BUDGET_TOKENS, self._context.window // RECALL_SHARE)
-        return matching(self._index, text, self._context.place, count=self._count, budget_tokens=budget)
+        found = matching(self._index, text, self._context.place, count=self._count, budget_tokens=budget)
+        # What stands in front of a turn that is in the window is in the window, too.
+        self._quoted = {turn: ids for turn, ids in self._quoted.items() if self._context.oldest <= turn <= self.turns}
+        quoted = set().union(*self._quoted.values())
+        return [passage for passage in found if passage.id not in quoted]
 
     def _count(self, text: str) -> int:
         """Tokens of a text."""
@@ -531,31 +567,48 @@ class Chat:
                 )
         return CacheConfig(**stored)
 
-    def _open(self, sampling: SamplingConfig | None, *, is_new_system: bool) -> None:
+    def _open(self, sampling: SamplingConfig, *, is_new_system: bool) -> None:
         """Write the settings of a new conversation, or go on with one that is on disk."""
-        fingerprint = dataclasses.asdict(self.cache.spec.fingerprint)
-        if is_new := not self.turns:
-            self.transcript.put("cache", dataclasses.asdict(self._context.asked))
-            self.transcript.put("fingerprint", fingerprint)
-            self.transcript.put("created", time.time())
-        if is_new or is_new_system:
-            self.transcript.put("system", self.template.system)
-            self.transcript.put("template", self._options)
+        put, is_new = self.transcript.put, not self.turns
+        fingerprint, spelling = dataclasses.asdict(self.cache.spec.fingerprint), self._spelling()
         if is_new:
-            return
+            put("cache", dataclasses.asdict(self._context.asked))
+            put("created", time.time())
+            put("spelling", spelling)
+            put("fingerprint", fingerprint)
+        if is_new or is_new_system:
+            put("system", self.template.system)
+            put("template", self._options)
+        if dataclasses.asdict(sampling) != self.transcript.get("sampling"):
+            put("sampling", dataclasses.asdict(sampling))
+        if not is_new:
+            self._go_on(sampling, fingerprint, spelling, is_new_system=is_new_system)
+        self._save()
+
+    def _go_on(
+        self, sampling: SamplingConfig, fingerprint: dict[str, Any], spelling: list[int], *, is_new_system: bool
+    ) -> None:
+        """Go on with a conversation that is on disk."""
         try:
+            if self.transcript.get("spelling") != spelling:
+                self.transcript.put("foreign", self.turns)
+                self.transcript.put("spelling", spelling)
+                raise StateError("The session was said with another tokenizer.")  # noqa: TRY301 - same way out
             if is_new_system:
-                raise StateError("The session has other instructions from here on.")  # noqa: TRY301 - same way out
-            self._restore(sampling)
+                raise StateError("The session has other instructions from here on.")  # noqa: TRY301
+            if self.template.is_incremental:
+                self._restore(sampling)
         except (StateError, KeyError, TypeError, ValueError) as error:
-            is_same = self.transcript.get("fingerprint", None) == fingerprint
             said = str(error) if isinstance(error, StateError) else f"The saved state is damaged ({error!r})."
             self.notes.append(f"{said} The window was read anew from the transcript.")
-            self._rebuild(is_same_model=is_same)
-            self.transcript.put("fingerprint", fingerprint)
-            self._save()
+            self._rebuild()
+        self.transcript.put("fingerprint", fingerprint)
+        last = self.transcript.last()
+        if last is not None and last.finish is None:  # of a process that died
+            self._scribe.complete()
+            self.transcript.end("interrupted")
 
-    def _restore(self, sampling: SamplingConfig | None) -> None:
+    def _restore(self, sampling: SamplingConfig) -> None:
         """Go on from the saved state, and from what the transcript has beyond it.
 
         Raises:
@@ -563,26 +616,32 @@ class Chat:
             KeyError, TypeError, ValueError: it is damaged.
         """
         assert self.session is not None
+        if not self.session.state.exists():
+            raise StateError("The session has no saved state.")
         saved = load_state(self.session.state, self.model)
         if saved.sampler is None:
             raise StateError(f"{self.session.state} is no state of a session.")
-        self._context.sampler = saved.sampler.changed(sampling or saved.sampler.config, self._banned)
+        self._context.sampler = saved.sampler.changed(sampling, self._banned)
         self._context.catch_up(saved, saved.metadata["chat"], self.transcript)
 
-    def _rebuild(self, *, is_same_model: bool = True) -> None:
+    def _spelling(self) -> list[int]:
+        """By what a tokenizer is known: how it spells a few texts, and how many tokens it has."""
+        return [len(self.tokenizer), *self.tokenizer(SPELT, add_special_tokens=False)["input_ids"]]
+
+    def _rebuild(self) -> None:
         """Read the newest turns that fit into the window anew."""
         self._snapshots.clear()
-        self._context.reread(self.transcript, is_same_model=is_same_model)
+        self._context.reread(self.transcript)
 
     def _make_whole(self) -> None:
         """Read the window anew if an interrupt has left the cache half-written, or a turn half-read."""
-        if not self._context.is_whole:
+        if not self._scribe.is_whole:
             self.notes.append("Reading was interrupted half-way; the window was read anew from the transcript.")
             self._rebuild()
 
     def _save(self) -> None:
         """Save the state of a session; if that fails it is only slower to go on, for the transcript has everything."""
-        if self.session is None or not self.template.is_incremental or not self._context.is_whole:
+        if self.session is None or not self.template.is_incremental or not self._scribe.is_whole:
             return
         chat = self._context.metadata(self.transcript.last())
         sampler = self._context.sampler

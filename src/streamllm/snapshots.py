@@ -69,9 +69,13 @@ class Snapshots:
         while len(self._kept) > self.most or (len(self._kept) > 1 and self.bytes > self.most_bytes):
             self._kept.popleft()
 
+    def has(self, turn: int) -> bool:
+        """Whether there is one before ``turn``."""
+        return any(kept.turn == turn for kept in self._kept)
+
     def take(self, turn: int) -> Snapshot | None:
         """The snapshot before ``turn``; it and all later ones are no longer kept. ``None``: there is none."""
-        if not any(kept.turn == turn for kept in self._kept):
+        if not self.has(turn):
             return None
         while True:
             last = self._kept.pop()
