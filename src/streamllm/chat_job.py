@@ -112,7 +112,7 @@ class ChatJob:
                 Repl(talk, read, is_interactive=is_interactive).run(self.prompt)
 
             # 4. leave in order
-            talk.chat.close()
+            stack.close()
             if talk.chat.session is not None:
                 screen.note(f"saved; go on with --session {talk.chat.session.name}")
             return 0 if signals.received is None else 128 + signals.received
