@@ -107,6 +107,7 @@ class Chat:
         self.notes: list[str] = []
         self.lock = threading.RLock()
         self._reply: Reply | None = None
+        self._is_closed = False
         self._quoted: dict[int, set[int]] = {}  # ids of passages by the turn that they stand in front of
         self._stats: Stats | None = None
         self._snapshots = Snapshots(snapshots)
@@ -403,7 +404,7 @@ class Chat:
                 if other.session is not None:
                     other.session.close()
                 raise
-            other.lock, other.notes, other._reply = threading.RLock(), [], None
+            other.lock, other.notes, other._reply, other._is_closed = threading.RLock(), [], None, False
             other._quoted = dict(self._quoted)
             other._scribe = Scribe(other.transcript, other._context)
             other._snapshots = self._snapshots.copy()
@@ -412,8 +413,11 @@ class Chat:
             return other
 
     def close(self) -> None:
-        """End a reply that goes on, save the session, and let it go."""
+        """End a reply that goes on, save the session, and let it go; a second time does nothing."""
         with self._alone():
+            if self._is_closed:
+                return
+            self._is_closed = True
             try:
                 self._settle()
                 self._save()
