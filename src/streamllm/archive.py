@@ -15,9 +15,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 from streamllm.atomic import replacing
+from streamllm.config import CacheConfig, SamplingConfig
 from streamllm.errors import StateError, StreamLLMError
 from streamllm.hold import Hold, make_private
 from streamllm.sessions import STATE, TRANSCRIPT, Session, check_name, hidden, sessions_folder, sweep
@@ -29,6 +31,19 @@ FORMAT = 1
 
 HEADER = "session.json"
 LINES = "transcript.jsonl"
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str, NoneType),
+    "system": (str, NoneType),
+    "created": (int, float),
+    "cache": (dict,),
+    "sampling": (dict,),
+    "template": (dict,),
+    "fingerprint": (dict,),
+    "spelling": (list,),
+    "foreign": (int,),
+}
+"""What the settings of a chat are; other settings are kept as they come."""
 
 HEADER_BYTES = 2**20
 LINE_BYTES = 2**26
@@ -135,7 +150,22 @@ def _header(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
         )
     if not isinstance(header.get("name"), str) or not isinstance(header.get("settings"), dict):
         raise StateError(f"{HEADER} in {file} lacks the name or the settings; export the session again.")
+    for key, value in header["settings"].items():
+        try:
+            _check_setting(key, value)
+        except (TypeError, ValueError) as error:
+            raise StateError(f"{HEADER} in {file} has a {key[:40]} that cannot be used ({error}).") from error
     return header
+
+
+def _check_setting(key: str, value: Any) -> None:
+    """Refuse what a chat could not begin with."""
+    if key in KINDS and not isinstance(value, KINDS[key]):
+        raise TypeError(f"it is {value!r:.40}")
+    if key == "cache":
+        CacheConfig(**value)
+    elif key == "sampling":
+        SamplingConfig(**value)
 
 
 def _unpack(archive: zipfile.ZipFile, settings: dict[str, Any], new: Path, what: str) -> None:
