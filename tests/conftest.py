@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import signal
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,14 @@ def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STREAMLLM_CONFIG", str(tmp_path / "config.toml"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("STREAMLLM_MODEL", str(STORIES))
+
+
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a job in the background inherits that it is ignored, and hands that on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

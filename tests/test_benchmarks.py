@@ -148,6 +148,19 @@ def test_chat_compares_turns_of_one_length(script: Any, tmp_path: Path, capsys: 
     assert all(0 < found["min"] <= found["median"] <= found["max"] for found in figures["ms"].values())
 
 
+@pytest.mark.slow
+def test_a_conversation_is_the_same_through_kills_and_in_a_terminal(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the conversation that nothing interrupts, which the benchmark compares with. It takes a minute."""
+    conversation = script("conversation")
+    monkeypatch.setenv("STREAMLLM_SESSIONS", str(tmp_path / "elsewhere"))  # put back: the script names another folder
+    figures = run(conversation, tmp_path, capsys)["figures"]
+    assert figures["equal_after_kills"] == figures["equal_in_terminal"] == figures["turns"] == 40
+    assert figures["tokens"] >= 40 * conversation.REPLY // 2
+    assert len(figures["memory_bytes"]) == 4
+
+
 @pytest.mark.parametrize(
     ("value", "limit", "at_least", "is_met", "shown"),
     [

@@ -27,7 +27,7 @@ from streamllm.sessions import Session
 from streamllm.settings import SETTINGS
 from streamllm.transcript import Transcript
 
-pytestmark = pytest.mark.usefixtures("no_settings")
+pytestmark = pytest.mark.usefixtures("no_settings", "foreground")
 
 TELL, MORE, AGAIN = "Once upon a time there was a cat", "The cat met a dog", "Then it was night"
 
@@ -234,17 +234,13 @@ def test_save_and_load_move_between_sessions() -> None:
 def spawn(*arguments: str) -> subprocess.Popen[bytes]:
     """The command as a process, with pipes."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "streamllm", "chat", *arguments],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return subprocess.Popen(
+        [sys.executable, "-m", "streamllm", "chat", *arguments],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

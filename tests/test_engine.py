@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +19,9 @@ from stories import STORIES
 from streamllm import SamplingConfig, SinkCache, StreamLLMError, load, stream
 from streamllm.config import CacheConfig
 from streamllm.engine import Engine
-from streamllm.errors import BusyError, ConfigError, InputError
+from streamllm.errors import BusyError, ConfigError, InputError, StateError
 from streamllm.request import BUFFER, Request
-from streamllm.state import load_state
+from streamllm.state import load_state, save_state
 
 CONFIG = CacheConfig(sinks=4, window=60, block=16)
 PROMPTS = [
@@ -58,6 +60,34 @@ def ids(request: Request) -> list[int | None]:
     return [chunk.id for chunk in request]
 
 
+def together(engine: Engine, count: int, repeats: int = 1, **options: Any) -> list[Request]:
+    """Streams that the engine finds all at once."""
+    options = {"on_end": "pass", **options}
+    with engine._changed:
+        return [engine.submit(PROMPTS[i % 5] * repeats, sampling=sampling(i), **options) for i in range(count)]
+
+
+def watch_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The most caches beside the slots that were ever there, as a list of one number.
+
+    Those of streams that are just done are their users'.
+    """
+    most = [0]
+
+    def watched(act: Any) -> Any:
+        def run(*args: Any) -> Any:
+            most[0] = max(most[0], engine._places.in_memory())
+            found = act(*args)
+            most[0] = max(most[0], engine._places.in_memory())
+            return found
+
+        return run
+
+    for owner, name in ((engine, "_step"), (engine._places, "settle"), (engine._places, "move")):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    return most
+
+
 def wait_until(reached: Any, seconds: float = 60) -> None:
     """Until something has happened in the engine's thread."""
     end = time.monotonic() + seconds
@@ -88,21 +118,14 @@ def test_streams_that_memory_has_no_room_for_wait_on_disk(
     size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
     with Engine(*loaded, slots=4, config=CONFIG, memory=2 * size, folder=tmp_path, quantum=7) as engine:
         assert engine.stats().slots == 1
-        most = 0
-
-        def watch(step: Any = engine._step) -> bool:
-            nonlocal most
-            most = max(most, engine._places.in_memory())
-            return bool(step())
-
-        monkeypatch.setattr(engine, "_step", watch)
+        most = watch_memory(engine, monkeypatch)
         requests = [engine.submit(PROMPTS[i % 5], max_tokens=30, on_end="pass", sampling=sampling(i)) for i in range(6)]
         wait_until(lambda: engine.stats().on_disk >= 2)
         assert len(list(tmp_path.glob("*.stream"))) >= 1
         for number, request in enumerate(requests):
             assert ids(request) == alone(loaded, PROMPTS[number % 5], number, max_tokens=30)
     assert not list(tmp_path.iterdir())
-    assert most == 1
+    assert most == [1]
 
 
 def test_without_a_folder_streams_wait_until_others_are_done(loaded) -> None:
@@ -118,21 +141,115 @@ def test_without_a_folder_streams_wait_until_others_are_done(loaded) -> None:
         assert ended[-1] == 4
 
 
-def test_a_disk_that_is_full_ends_one_stream(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise StreamLLMError("No space is left.")
+def test_a_disk_that_is_full_ends_no_stream(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: ``stream()``; memory for a slot and one cache beside it, and a disk that takes one file."""
+    saved: list[Path] = []
+
+    def refuse(path: Path, cache: SinkCache) -> None:
+        if saved:
+            raise StateError("No space is left.")
+        saved.append(path)
+        save_state(path, cache)
 
     monkeypatch.setattr("streamllm.places.save_state", refuse)
     size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
-    with Engine(*loaded, slots=1, config=CONFIG, memory=2 * size, folder=tmp_path, quantum=5) as engine:
-        requests = [engine.submit(PROMPTS[0], max_tokens=40, on_end="pass") for _ in range(4)]
-        outcomes = []
+    notes: list[str] = []
+    with Engine(
+        *loaded, slots=1, config=CONFIG, memory=2 * size, folder=tmp_path, quantum=5, note=notes.append
+    ) as engine:
+        most = watch_memory(engine, monkeypatch)
+        requests = together(engine, 6, max_tokens=40)
+        for number, request in enumerate(requests):
+            assert ids(request) == alone(loaded, PROMPTS[number % 5], number, max_tokens=40)
+    assert most == [1]
+    assert notes == ["Streams that wait stay in memory from here on, so fewer are served in turns: No space is left."]
+    assert len(saved) == 1
+
+
+def test_caches_beside_the_slots_stay_within_memory_while_prompts_are_read(
+    loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: by hand: memory for four slots and one cache beside them; a cache that reads cannot go to disk."""
+    size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
+    with Engine(*loaded, slots=4, config=CONFIG, memory=5 * size, folder=tmp_path, quantum=9) as engine:
+        assert engine.stats().slots == 4
+        most = watch_memory(engine, monkeypatch)
+        requests = together(engine, 6, max_tokens=30, repeats=20)
+        for number, request in enumerate(requests):
+            prompt = PROMPTS[number % 5] * 20
+            assert ids(request) == alone(loaded, prompt, number, max_tokens=30)
+    assert most == [1]
+
+
+def test_streams_that_were_suspended_where_memory_is_tight_go_on(loaded) -> None:
+    """Reference: ``stream()``; two slots, one cache beside them, no folder: a free slot needs no more memory."""
+    size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
+    with Engine(*loaded, slots=2, config=CONFIG, memory=3 * size) as engine:
+        requests = together(engine, 2, max_tokens=BUFFER + 10)  # not done before they are read
+        first = [next(request).id for request in requests]
         for request in requests:
-            try:
-                outcomes.append(str(len(ids(request))))
-            except StreamLLMError as error:
-                outcomes.append(str(error))
-    assert set(outcomes) == {"40", "No space is left."}
+            request.suspend()
+        wait_until(lambda: all(request.state == "suspended" for request in requests))
+        for request in requests:
+            request.resume()
+        wait_until(lambda: all(request.state == "decoding" for request in requests), 20)
+        for number, request in enumerate(requests):
+            assert [first[number], *ids(request)] == alone(loaded, PROMPTS[number], number, max_tokens=BUFFER + 10)
+
+
+def test_a_chunk_taken_while_a_slot_changes_hands_hurts_nobody(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the number of tokens; a stream that stood still could go on right after others were let in for it."""
+    with Engine(*loaded, slots=1, config=CONFIG, quantum=10**6) as engine:
+        stuck = engine.submit(PROMPTS[0], on_end="pass")
+        wait_until(lambda: stuck.is_full)
+        choose = engine._places.next
+        taken = []
+
+        def choose_and_read() -> Any:
+            chosen = choose()
+            while chosen is not None and len(taken) < BUFFER - 1:
+                taken.append(next(stuck))
+            return chosen
+
+        monkeypatch.setattr(engine._places, "next", choose_and_read)
+        others = together(engine, 4, max_tokens=20)
+        assert [len(ids(request)) for request in others] == [20] * 4
+
+
+def test_a_cache_that_was_brought_along_stays_the_stream_after_a_stay_on_disk(loaded, tmp_path: Path) -> None:
+    """Reference: ``stream()``, and identity; meanwhile the cache is refused, and holds no memory."""
+    size = SinkCache(loaded[0], 4, 60, 16).bytes_when_full
+    mine = SinkCache(loaded[0], 4, 60, 16)
+    with Engine(*loaded, slots=1, config=CONFIG, memory=2 * size, folder=tmp_path, quantum=4) as engine:
+        request = engine.submit(PROMPTS[0], cache=mine, max_tokens=60, on_end="pass", sampling=sampling(0))
+        others = [engine.submit(PROMPTS[2], on_end="pass") for _ in range(4)]
+        wait_until(lambda: request.id in engine._places.files)
+        request.suspend()
+        wait_until(lambda: request.state == "suspended" and request.id in engine._places.files)
+        assert mine.bytes == 0
+        with pytest.raises(BusyError, match="belongs to a stream of the engine"):
+            engine.submit(None, cache=mine)
+        request.resume()
+        for other in others:
+            other.cancel()
+        assert ids(request) == alone(loaded, PROMPTS[0], 0, max_tokens=60)
+        assert request.cache is mine
+        assert mine.tokens_seen + 1 == len(loaded[1](PROMPTS[0]).input_ids) + 60
+
+
+def test_a_stream_that_stood_still_goes_on_when_half_of_what_waits_is_taken() -> None:
+    """Reference: by hand; else a slow reader would cost a change of slots for each token."""
+    woken: list[int] = []
+    chunk: Any = "a chunk"
+    request = Request(1, None, None, lambda: woken.append(left))  # type: ignore[arg-type]
+    for _ in range(2):
+        for number in range(BUFFER):
+            assert request.is_full == (number == BUFFER)
+            request.push(chunk)
+        for left in reversed(range(BUFFER)):
+            next(request)
+            assert request.is_full == (left > BUFFER // 2)
+    assert woken == [BUFFER // 2] * 2
 
 
 def test_a_cancelled_stream_frees_its_slot_and_keeps_what_it_has(loaded, engine) -> None:
@@ -232,8 +349,91 @@ def test_a_step_that_fails_is_repeated_one_by_one(loaded, engine, monkeypatch: p
     assert first.id is not None
 
 
+def test_one_step_serves_all_streams(loaded, engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: by hand; all tokens but each stream's first, which its prompt gives, come from shared steps."""
+    sizes: list[int] = []
+
+    def count(caches: Any, tokens: Any, step: Any = engine._slots.step) -> Any:
+        found = step(caches, tokens)
+        sizes.append(len(caches))
+        return found
+
+    monkeypatch.setattr(engine._slots, "step", count)
+    for request in together(engine, 3, max_tokens=30):
+        request.text()
+    assert sum(sizes) == engine.stats().tokens_generated - 3 == 3 * 29
+    assert max(sizes) == 3
+    assert engine.stats().repeated == 0
+
+
+def test_a_step_that_always_fails_is_told_of_once(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: ``stream()``, by the number of steps; want of memory is no mistake, and is not told of."""
+    notes: list[str] = []
+    with Engine(*loaded, slots=2, config=CONFIG, note=notes.append) as engine:
+        for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a mistake in the step")):
+
+            def fail(*_: Any, error: Exception = error) -> Any:
+                raise error
+
+            monkeypatch.setattr(engine._slots, "step", fail)
+            assert ids(together(engine, 1, max_tokens=10)[0]) == alone(loaded, PROMPTS[0], 0, max_tokens=10)
+        assert engine.stats().repeated == 2 * 9
+    assert notes == [
+        "A decode step failed and is repeated stream by stream, which is slower: RuntimeError, a mistake in the step."
+    ]
+
+
+def test_a_piece_of_a_prompt_takes_as_long_as_four_steps(engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: by hand, from seconds that are given; at least 16 tokens, at most 256."""
+    engine._token_s = 0.001
+    assert engine._width() == 256
+    monkeypatch.setattr(engine._places, "active", [SimpleNamespace(state="decoding")])
+    for step_s, width in [(0.010, 40), (0.1, 256), (0.001, 16)]:
+        engine._step_s = step_s
+        assert engine._width() == width
+    engine._token_s = 0.0
+    assert engine._width() == 256
+
+
+def test_long_prompts_are_read_in_turns(loaded, engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: by hand: a piece of one, a piece of the other, each as long as it was to be."""
+    grown: list[list[int]] = []
+
+    def watch(read: Any = engine._read_a_piece) -> Any:
+        before = [request.turn.cache.tokens_seen for request in requests]
+        found = read()
+        after = [request.turn.cache.tokens_seen for request in requests]
+        grown.append([new - old for old, new in zip(before, after, strict=True)])
+        return found
+
+    monkeypatch.setattr(engine, "_read_a_piece", watch)
+    monkeypatch.setattr(engine, "_width", lambda: 32)
+    with engine._changed:
+        requests = [engine.submit(PROMPTS[1] * 3, max_tokens=1) for _ in range(2)]
+    for request in requests:
+        request.text()
+    assert [pair for pair in grown if any(pair)][:12] == [[32, 0], [0, 32]] * 6
+
+
+def test_streams_that_share_a_slot_take_turns(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: by hand: five tokens each, after a first turn in which the prompt counts as four."""
+    order: list[int] = []
+    with Engine(*loaded, slots=1, config=CONFIG, quantum=5) as engine:
+        show = engine._show
+
+        def watch(requests: Any, drawn: Any) -> None:
+            order.extend(request.id for request in requests)
+            show(requests, drawn)
+
+        monkeypatch.setattr(engine, "_show", watch)
+        for request in together(engine, 3, max_tokens=17):
+            assert len(ids(request)) == 17
+    turns = [(number, len(list(tokens))) for number, tokens in itertools.groupby(order)]
+    assert turns == [(number, tokens) for tokens in (2, 5, 5, 5) for number in (1, 2, 3)]
+
+
 def test_streams_that_no_slot_takes_are_served_all_the_same() -> None:
-    """Reference: ``stream()``; a model with layers of another kind."""
+    """Reference: ``stream()``; a model with layers of another kind, whose steps cannot be compiled either."""
     from families import FAMILIES
     from streamllm.slots import why_not
 
@@ -243,9 +443,16 @@ def test_streams_that_no_slot_takes_are_served_all_the_same() -> None:
     prompt = [5, 9, 2, 7, 11, 3]
     options: dict[str, Any] = {"max_tokens": 40, "sampling": SamplingConfig(temperature=0), "on_end": "pass"}
     want = [c.id for c in stream(model, tokenizer, prompt, cache=SinkCache(model, 3, 12, 5), **options)]
-    with Engine(model, tokenizer, slots=2, config=CacheConfig(3, 12, 5)) as engine:
-        requests = [engine.submit(prompt, **options) for _ in range(3)]
-        assert [ids(request) for request in requests] == [want] * 3
+    size, notes = SinkCache(model, 3, 12, 5).bytes_when_full, list[str]()
+    with Engine(
+        model, tokenizer, slots=4, config=CacheConfig(3, 12, 5), memory=4 * size, compile=True, note=notes.append
+    ) as engine:
+        requests = [engine.submit(prompt, **options) for _ in range(5)]
+        assert [ids(request) for request in requests] == [want] * 5
+        # Without slots nothing lies beside them: as many as memory has room for go on at the same time.
+        endless = [engine.submit(prompt, on_end="pass") for _ in range(4)]
+        wait_until(lambda: all(request.is_full for request in endless))
+    assert [note.partition(": ")[0] for note in notes] == ["Decoding is not compiled, which is slower"]
 
 
 def test_threads_and_asyncio_can_share_an_engine(loaded, engine) -> None:
@@ -302,7 +509,7 @@ def test_an_engine_drains_and_closes(loaded) -> None:
 
 
 def test_what_cannot_be_is_said_at_once(loaded, engine) -> None:
-    with pytest.raises(ConfigError, match="slots must be at least 1"):
+    with pytest.raises(ConfigError, match="slots must be a whole number of at least 1, you gave 0"):
         Engine(*loaded, slots=0)
     with pytest.raises(ConfigError, match=r"One stream needs .* bytes, for its slot .* 1,000 are there"):
         Engine(*loaded, memory=1000)
@@ -317,6 +524,24 @@ def test_what_cannot_be_is_said_at_once(loaded, engine) -> None:
     only_read = engine.submit(PROMPTS[1], max_tokens=0)
     assert [chunk.id for chunk in only_read] == [None]
     assert only_read.cache.unread
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("slots", 2.5), ("slots", True), ("columns", 10.5), ("memory", "4GB"), ("waiting", -1), ("quantum", 0)],
+)
+def test_numbers_that_are_none_are_refused_at_once(option: str, value: Any, loaded) -> None:
+    with pytest.raises(ConfigError, match=f"{option} must be a whole number of at least ., you gave {value!r}"):
+        Engine(*loaded, **{option: value})
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_compiled(
+    loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "_prepare", lambda *_: pytest.fail("it was prepared"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"Caches cannot go to .*file: File exists; name another folder"):
+        Engine(*loaded, folder=tmp_path / "file")
 
 
 def test_a_long_prompt_does_not_hold_the_others_up(loaded, engine) -> None:
@@ -443,6 +668,8 @@ def test_asyncio_that_gives_up_waiting_leaves_nothing_behind(loaded, engine) -> 
 def test_a_cache_of_another_kind_or_in_use_is_refused(loaded, engine) -> None:
     with pytest.raises(ConfigError, match="kv_dtype='int8', this engine's have 'auto'"):
         engine.submit(PROMPTS[0], cache=SinkCache(loaded[0], 4, 60, 16, kv_dtype="int8"))
+    with pytest.raises(ConfigError, match="in this engine's slots, since its tokens are read anew"):
+        engine.submit(PROMPTS[0], cache=SinkCache(loaded[0], 4, 60, 16, reread=True))
     first = engine.submit(PROMPTS[0], cache=SinkCache(loaded[0], 4, 60, 16), on_end="pass")
     with pytest.raises(BusyError, match="belongs to a stream of the engine"):
         engine.submit(PROMPTS[0], cache=first.turn.cache)

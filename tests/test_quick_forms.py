@@ -84,7 +84,7 @@ def test_linear_layers_equal_torchs_own(
     before = counted.own
     with QuickForms():  # without loops: by oneDNN alone
         check_close(functional.linear(states, weight, added), want.view(rows, -1))
-    assert (counted.own > before) == (dtype == torch.float32)
+    assert (counted.own > before) == (dtype == torch.float32 and rows > quick_forms.ROWS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -248,7 +248,7 @@ def test_prompts_of_all_lengths_are_few_shapes_to_onednn(monkeypatch: pytest.Mon
         with QuickForms():
             found = functional.linear(x, weight)
         check_close(found, x @ weight.T)
-    assert len(seen) == 15 + 12
+    assert seen == {64, 96, 128, 160, 192, 224}
 
 
 # ---- packed weights

@@ -195,12 +195,7 @@ def test_chinese_facts_are_quoted_when_they_are_asked_for() -> None:
 
 def test_a_quotation_names_turn_and_speaker_in_order_on_one_line_each() -> None:
     passages = [Passage(9, 4, "assistant", " It is\n\n 4711. ", 3), Passage(2, 1, "user", "The code?", 3)]
-    assert quote(passages) == (
-        "[Said earlier in this conversation]\n"
-        'Turn 1, user: "The code?"\n'
-        'Turn 4, assistant: "It is 4711."\n'
-        "[End of what was said earlier]\n\n"
-    )
+    assert quote(passages) == ('(Earlier, turn 1, user: "The code?")\n(Earlier, turn 4, assistant: "It is 4711.")\n\n')
     assert quote([]) == ""
 
 
@@ -214,7 +209,7 @@ def test_a_quotation_keeps_to_its_budget_and_takes_the_best_first(budget: int) -
     )
     passages = matching(index, "What is the code of the red box?", EVERYTHING, count=count, budget_tokens=budget)
     assert count(quote(passages)) <= budget or not passages
-    assert len(passages) == {0: 0, 20: 0, 40: 1, 60: 2, 100: 4, 1000: MOST_QUOTED}[budget]
+    assert len(passages) == {0: 0, 20: 1, 40: 2, 60: 3, 100: 4, 1000: MOST_QUOTED}[budget]
     assert [passage.id for passage in passages] == sorted(passage.id for passage in passages)
 
 
@@ -225,7 +220,7 @@ def test_a_question_that_was_asked_before_brings_its_answer() -> None:
     )
     reworded = matching(index, "Which name for my bakery did you suggest?", EVERYTHING, count=count)
     assert texts(reworded) == ["What would be a good name for my bakery?", "How about Flour Power."]
-    small = matching(index, "Which name for my bakery did you suggest?", EVERYTHING, count=count, budget_tokens=36)
+    small = matching(index, "Which name for my bakery did you suggest?", EVERYTHING, count=count, budget_tokens=20)
     assert texts(small) == ["What would be a good name for my bakery?"]
     repeated = matching(index, "what would be a good name for my bakery?", EVERYTHING, count=count)
     assert texts(repeated) == ["How about Flour Power."]
@@ -251,7 +246,7 @@ def test_a_statement_goes_before_a_question_that_holds_the_same_words() -> None:
         *((f"Is the code of the zebra crate {number}?", "No.") for number in range(9)),
         *((Talk(number).sentence(), "Well.") for number in range(60)),
     )
-    passages = matching(index, "What is the code of the zebra crate?", EVERYTHING, count=count, budget_tokens=40)
+    passages = matching(index, "What is the code of the zebra crate?", EVERYTHING, count=count, budget_tokens=24)
     assert texts(passages) == ["The code of the zebra crate is 4711."]
 
 

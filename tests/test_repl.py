@@ -31,6 +31,8 @@ from streamllm.slash import ALIASES, COMMANDS, completions
 from streamllm.strip import ASCII, draw
 from streamllm.talk import Talk
 
+pytestmark = pytest.mark.usefixtures("foreground")
+
 
 def converse(chat: FakeChat, *lines: str, is_interactive: bool = False, **options: Any) -> Talk:
     """Say these lines at the prompt."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from chats import CHATML, LAST_USER, talker
 from stories import STORIES
+from streamllm.archive import export_session, import_session
 from streamllm.cache import SinkCache
 from streamllm.config import SamplingConfig
 from streamllm.errors import BusyError, CacheError, ConfigError, InputError, StateError
@@ -459,6 +460,26 @@ def test_a_session_of_another_model_is_read_anew_with_its_own_ids() -> None:
         assert chat.turns == 3
         assert any("other weights" in note for note in chat.notes)
         assert chat.send("Hello").text() is not None
+
+
+def test_a_session_goes_on_from_its_archive(tmp_path: Path) -> None:
+    """Reference: the session that was not carried; it was said with two tokenizers, so every setting is there."""
+    with make(None, session="talk", window=100) as chat:
+        talk(chat, 2)
+    model, tokenizer = load(STORIES)
+    options = {"sampling": GREEDY, "max_tokens": 5, "recall": "off"}
+    with Chat(model, tokenizer, session="talk", **options) as chat:
+        talk(chat, 2)
+    export_session("talk", tmp_path / "talk.zip")
+    import_session(tmp_path / "talk.zip", "other")
+    with (
+        Chat(model, tokenizer, session="talk", **options) as chat,
+        Chat(model, tokenizer, session="other", **options) as other,
+    ):
+        assert chat.transcript.settings() == other.transcript.settings()
+        assert {"foreign", "spelling"} <= chat.transcript.settings().keys()
+        assert talk(chat, 2) == talk(other, 2)
+        assert not any("anew" in note for note in other.notes)
 
 
 def test_what_contradicts_a_session_is_refused() -> None:

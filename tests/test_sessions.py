@@ -14,6 +14,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chats import CHATML, talker
+from streamllm import Chat, SamplingConfig
 from streamllm import archive as archive_module
 from streamllm.archive import export_session, import_session
 from streamllm.console import unwinding
@@ -500,6 +503,42 @@ def test_what_a_process_left_when_it_died_is_taken_away_by_the_next_one(folder: 
     hold.release()
 
 
+@pytest.mark.parametrize("create", [True, False])
+def test_what_a_save_left_that_was_killed_is_gone_when_the_session_is_held_again(create: bool, folder: Path) -> None:
+    """Reference: a process that is killed within a save, twice; other files stay, also while somebody only looks."""
+    path = make("work")
+    code = (
+        "import os, pathlib, sys\nfrom streamllm.atomic import replacing\n"
+        "with replacing(pathlib.Path(sys.argv[1])) as part:\n    part.write_bytes(bytes(1000)); os.kill(os.getpid(), 9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(2):
+        killed = subprocess.run([sys.executable, "-c", code, path / "state.stream"], env=environment, check=False)
+        assert killed.returncode == -signal.SIGKILL
+    for name in (".other.part", "state.stream", ".state.stream.note"):
+        (path / name).write_text("mine")
+    before = {file.name for file in path.iterdir()}
+    parts = {name for name in before if re.fullmatch(r"\.state\.stream\..+\.part", name)}
+    assert len(parts) == 2
+    assert [info.name for info in list_sessions()] == ["work"]
+    assert {file.name for file in path.iterdir()} >= parts
+    Session("work", create=create).close()
+    assert {file.name for file in path.iterdir()} == before - parts
+
+
+def test_a_session_that_is_a_link_is_not_deleted(tmp_path: Path, folder: Path) -> None:
+    """Reference: all files and the link as they were; the link is a session otherwise."""
+    path = make("work")
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    before = everything(tmp_path)
+    with pytest.raises(StateError, match=rf"^Session 'work' is a link to {tmp_path / 'elsewhere'}, and is not deleted"):
+        delete_session("work")
+    assert everything(tmp_path) == before
+    assert path.is_symlink()
+    assert [info.turns for info in list_sessions()] == [2]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="needs root to mount a tiny disk")
 def test_a_session_can_be_seen_and_deleted_on_a_full_disk(folder: Path) -> None:
     """Reference: a file system of 256 KiB without a free byte."""
@@ -679,6 +718,70 @@ def test_a_strange_file_is_refused_in_one_sentence_and_nothing_is_made(said: str
     assert [path.name for path in tmp_path.rglob("*evil*")] == []
 
 
+STRANGE_SETTINGS: dict[str, Any] = {
+    "'evil': there is no setting of that name": {"evil": 1},
+    "'cache': it must be an object, not [1]": {"cache": [1]},
+    "'cache': it must be an object, not None": {"cache": None},
+    "unexpected keyword argument 'nope'": {"cache": {"sinks": 1, "nope": 2}},
+    "'cache': sinks must be a whole number": {"cache": {"sinks": "4"}},
+    "'cache': reread must be True, False or None, you gave 'yes'": {"cache": {"reread": "yes"}},
+    "'cache': window must be a number of at most": {"cache": {"window": 10**30}},
+    "'template': it must be an object, not [1]": {"template": [1]},
+    "'template': it must not bring a chat_template": {"template": {"chat_template": "{{ messages }}"}},
+    "'template': its values must be text": {"template": {"tools": [{}]}},
+    "'system': it must be text, not 5": {"system": 5},
+    "'system': 'utf-8' codec can't encode": {"system": "\ud800"},
+    "'model': it must be text, not []": {"model": []},
+    "'fingerprint': its values must be text": {"fingerprint": {"digest": 1}},
+    "'created': it must be a time, not nan": {"created": float("nan")},
+    "'created': it must be a time, not 1e+300": {"created": 1e300},
+    "'created': it must be a time, not True": {"created": True},
+    "'embeddings': it must be a whole number": {"embeddings": "x"},
+    "'sampling': '<' not supported": {"sampling": {"top_p": "x"}},
+    "'sampling': temperature must be a number": {"sampling": {"temperature": None}},
+    "'sampling': seed must be a whole number": {"sampling": {"seed": 1.5}},
+    "'sampling': repetition_window must be a number of at most": {"sampling": {"repetition_window": 2**40}},
+}
+
+
+@pytest.mark.parametrize("said", STRANGE_SETTINGS)
+def test_a_strange_setting_is_refused_in_one_sentence_and_nothing_is_made(
+    said: str, tmp_path: Path, folder: Path
+) -> None:
+    """Reference: by hand."""
+    header = json.dumps({**HEADER, "settings": {"system": "Be kind.", **STRANGE_SETTINGS[said]}})
+    file = packed({**WHOLE, "session.json": header}, tmp_path / "a.zip")
+    with pytest.raises(StateError, match=re.escape(said)) as caught:
+        import_session(file)
+    assert str(caught.value).startswith(f"A setting in {file} cannot be used, ")
+    assert "\n" not in str(caught.value)
+    assert not folder.exists()
+
+
+def test_all_that_a_conversation_keeps_is_let_in(tmp_path: Path, folder: Path) -> None:
+    """Reference: the settings of a conversation with all options and an index of meanings, which goes on."""
+    model, tokenizer = talker("{{ mood or '' }}" + CHATML)
+    options: dict[str, Any] = {
+        "template_options": {"mood": "calm"},
+        "system": "Be kind.",
+        "window": 300,
+        "kv_dtype": "int8",
+    }
+    with Chat(model, tokenizer, session="work", sampling=SamplingConfig(seed=3), max_tokens=4, **options) as chat:
+        chat.send("Hello").text()
+        chat.transcript.put("model", "stories260K")
+        chat.transcript.put("embeddings", 2**32 - 1)
+        chat.transcript.put("sampling", asdict(chat.sampling))
+        kept = chat.transcript.settings()
+    assert set(kept) >= {"cache", "created", "fingerprint", "system", "template"}
+    export_session("work", tmp_path / "a.zip")
+    import_session(tmp_path / "a.zip", "copy")
+    with Chat(model, tokenizer, session="copy", max_tokens=4) as chat:
+        assert chat.transcript.settings() == kept
+        assert chat.notes == []
+        assert chat.send("And?").text()
+
+
 STRANGE_LINES = {
     "no_json": b"{",
     "no_object": b"[]",
@@ -717,34 +820,6 @@ def test_a_strange_line_is_refused_in_one_sentence_and_nothing_is_made(
         import_session(file)
     assert "\n" not in str(caught.value)
     assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("model", 3),
-        ("system", ["Be kind."]),
-        ("created", "today"),
-        ("cache", "small"),
-        ("cache", {"window": -1}),
-        ("cache", {"widow": 60}),
-        ("sampling", {"top_p": 2}),
-        ("sampling", {"seed": "x"}),
-        ("template", None),
-        ("fingerprint", []),
-        ("spelling", {}),
-        ("foreign", 1.5),
-    ],
-)
-def test_a_setting_that_a_chat_could_not_use_is_refused_and_nothing_is_made(
-    key: str, value: Any, tmp_path: Path, folder: Path
-) -> None:
-    """Reference: by hand."""
-    header = json.dumps({**HEADER, "settings": {key: value}})
-    with pytest.raises(StateError, match=rf"session\.json in .*a\.zip has a {key} that cannot be used \(") as caught:
-        import_session(packed({**WHOLE, "session.json": header}, tmp_path / "a.zip"))
-    assert "\n" not in str(caught.value)
-    assert not folder.exists()
 
 
 def test_a_file_that_unpacks_to_too_much_is_refused(

@@ -7,6 +7,8 @@ import gc
 import itertools
 import random
 import shutil
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from streamllm import SinkCache, compiled, slots
 from streamllm.errors import CacheError, ConfigError, UnsupportedModelError
 from streamllm.slots import Slots, why_not
 from streamllm.state import load_state, save_state
+from streamllm.store import Store
 
 S, W, B = SHAPE = (3, 12, 5)
 CAPACITY = S + W + B - 1
@@ -685,24 +688,31 @@ def test_a_compiled_module_that_is_damaged_is_compiled_anew(
         path.write_bytes(data)
 
 
-def test_without_a_compiler_there_is_one_note_and_the_right_logits(
+def test_without_a_compiler_there_is_one_note_for_all_sizes_and_the_right_logits(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reference: the usual forward; the next slots of the same size do not try again."""
+    """Reference: the usual forward; the next slots do not try again, but say so too."""
     monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))
     monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
 
+    tried: list[None] = []
+
     def fail(*args: Any) -> None:
+        tried.append(None)
         raise FileNotFoundError("g++ was not found")
 
     monkeypatch.setattr(compiled, "_compile", fail)
     notes: list[str] = []
     for _ in range(2):
-        found, want = together(model, [4, 25, 11], 30, Slots(model, 4, CAPACITY, compiles=True, note=notes.append))
+        side = Slots(model, 4, CAPACITY, compiles=True, note=notes.append)
+        side.take(begun(model, draw(5)))
+        side.prepare()
+        found, want = together(model, [4, 25, 11], 30, side)
         check_close(found, want)
-    assert notes == [
+    assert notes == 2 * [
         "Decoding is not compiled, which is slower: FileNotFoundError, g++ was not found; is a C++ compiler there?"
     ]
+    assert len(tried) == 1
     monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
     with pytest.warns(UserWarning, match="Decoding is not compiled"):
         together(model, [4], 2, Slots(model, 4, CAPACITY, compiles=True))
@@ -751,11 +761,72 @@ def test_a_compiled_step_that_does_not_compute_what_the_model_does_is_not_used(
     )
 
 
+@pytest.mark.parametrize("change", ["hook", "scale", "rotation", "mask", "id"])
+def test_a_compiled_step_is_held_against_the_model_on_slots_that_attend(
+    change: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: what was changed since the step was compiled, each of which one key alone would not show."""
+    old = copy.deepcopy(model)
+    layers: Any = model.get_decoder().layers
+
+    def stale(module: nn.Module, args: Any, *, anew: bool) -> Any:
+        step = slots._Step(old, Store, is_compiled=True)
+        unseen = torch.tensor([change != "id", change != "mask", True, True])
+        return lambda plan, stores: step(plan * unseen, stores)
+
+    for layer in layers:
+        if change == "hook":
+            layer.self_attn.q_proj.register_forward_hook(lambda module, args, found: found * 3)
+        elif change == "scale":
+            layer.self_attn.scaling *= 1.5
+    if change == "rotation":
+        model.get_decoder().rotary_emb.inv_freq.mul_(0.5)
+    monkeypatch.setattr(slots, "compile_module", stale)
+    monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
+    notes: list[str] = []
+    for ages in ([10], [4, 11]):
+        found, want = together(model, ages, 5, Slots(model, 2, CAPACITY, compiles=True, note=notes.append))
+        check_close(found, want)
+    assert len(notes) == 2
+    assert all(note.endswith("it gives other numbers than the model itself") for note in notes)
+
+
+def test_two_threads_compile_once_and_an_interrupt_is_no_answer(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the number of attempts; what was broken off is tried again."""
+    tried: list[int] = []
+
+    def slowly(module: nn.Module, args: Any, *, anew: bool) -> nn.Module:
+        tried.append(len(tried))
+        if len(tried) == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        return module
+
+    monkeypatch.setattr(slots, "compile_module", slowly)
+    monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
+
+    def run() -> None:
+        together(model, [4], 2, Slots(model, 1, CAPACITY, compiles=True, note=notes.append))
+
+    notes: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tried == [0, 1]
+    assert not notes
+
+
 def test_code_that_others_could_have_written_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the permissions."""
     monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))
     tmp_path.chmod(0o777)
-    with pytest.raises(PermissionError, match="can be written by others"):
+    with pytest.raises(ConfigError, match=r"others can write to .*chmod go-w"):
         compiled.compile_module(nn.Linear(2, 2), (torch.zeros(1, 2),))
     assert not list(tmp_path.iterdir())
 

@@ -17,13 +17,17 @@ from typing import Any
 import pytest
 
 from streamllm.atomic import replacing
+from streamllm.console import Signals
 
 pexpect = pytest.importorskip("pexpect", reason="no pseudo-terminals here")
+
+pytestmark = pytest.mark.usefixtures("foreground")
 
 SECONDS = 60
 """A busy machine needs many times what a quiet one does."""
 
-READY = ">>>"
+READY = "a message"
+"""The placeholder: a line that was left shows none, so this is the next prompt."""
 
 
 class Terminal:
@@ -49,7 +53,7 @@ class Terminal:
         )
         self.process.delaybeforesend = None
         self.see("ready")
-        self.see(READY)
+        self.see(">>>")
 
     def keys(self, keys: str) -> None:
         self.process.send(keys)
@@ -197,7 +201,32 @@ def test_what_was_typed_is_kept_for_its_owner_only_and_comes_back(spawn: Any) ->
     terminal.see("word1")
 
 
-# ---- the history file, in this process
+# ---- in this process
+
+
+def test_a_signal_that_came_between_two_prompts_is_seen_by_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is then what it is at an empty prompt, and the next message is read; another signal ends the messages."""
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+
+    from streamllm.typed import Typed
+
+    monkeypatch.setenv("STREAMLLM_HISTORY", "")
+    with Signals() as signals, create_pipe_input() as keys, create_app_session(input=keys):
+        signals.defer(presses=3)
+        typed = Typed(signals, lambda _: (), "a message")
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            typed()
+        keys.send_text("still here\r")
+        assert typed() == "still here"
+        signal.raise_signal(signal.SIGTERM)
+        assert typed() is None
+        assert signals.received == signal.SIGTERM
+
+
+# ---- the history file
 
 
 def test_a_long_history_is_cut_to_its_newer_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 A zip with three members: ``session.json`` (format, name, settings), ``transcript.jsonl`` (see ``transcript_lines``)
 and ``state.stream``, where a stream was saved. A file may come from outside: its members are read by these names alone,
-their sizes are bounded, and a session comes to be whole or not at all. Constant memory, however long the transcript is.
+their sizes are bounded, settings and lines are checked, and a session comes to be whole or not at all. Constant memory,
+however long the transcript is.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import NoneType
 from typing import IO, Any
 
 from streamllm.atomic import replacing
-from streamllm.config import CacheConfig, SamplingConfig
 from streamllm.errors import StateError, StreamLLMError
 from streamllm.hold import Hold, make_private
+from streamllm.session_settings import check_settings
 from streamllm.sessions import STATE, TRANSCRIPT, Session, check_name, hidden, sessions_folder, sweep
 from streamllm.transcript import Transcript
 from streamllm.transcript_lines import dump, load
@@ -31,19 +31,6 @@ FORMAT = 1
 
 HEADER = "session.json"
 LINES = "transcript.jsonl"
-
-KINDS: dict[str, tuple[type, ...]] = {
-    "model": (str, NoneType),
-    "system": (str, NoneType),
-    "created": (int, float),
-    "cache": (dict,),
-    "sampling": (dict,),
-    "template": (dict,),
-    "fingerprint": (dict,),
-    "spelling": (list,),
-    "foreign": (int,),
-}
-"""What the settings of a chat are; other settings are kept as they come."""
 
 HEADER_BYTES = 2**20
 LINE_BYTES = 2**26
@@ -150,22 +137,8 @@ def _header(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
         )
     if not isinstance(header.get("name"), str) or not isinstance(header.get("settings"), dict):
         raise StateError(f"{HEADER} in {file} lacks the name or the settings; export the session again.")
-    for key, value in header["settings"].items():
-        try:
-            _check_setting(key, value)
-        except (TypeError, ValueError) as error:
-            raise StateError(f"{HEADER} in {file} has a {key[:40]} that cannot be used ({error}).") from error
+    check_settings(header["settings"], f"A setting in {file}")
     return header
-
-
-def _check_setting(key: str, value: Any) -> None:
-    """Refuse what a chat could not begin with."""
-    if key in KINDS and not isinstance(value, KINDS[key]):
-        raise TypeError(f"it is {value!r:.40}")
-    if key == "cache":
-        CacheConfig(**value)
-    elif key == "sampling":
-        SamplingConfig(**value)
 
 
 def _unpack(archive: zipfile.ZipFile, settings: dict[str, Any], new: Path, what: str) -> None:

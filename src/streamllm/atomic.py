@@ -36,6 +36,18 @@ def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def sweep_parts(path: Path) -> None:
+    """Delete what processes left that were killed while they replaced ``path``.
+
+    Args:
+        path: the file; nobody else may be writing it.
+    """
+    with contextlib.suppress(OSError):
+        for part in path.parent.iterdir():
+            if part.name.startswith(f".{path.name}.") and part.name.endswith(".part"):
+                part.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path``; an older file there stays whole until the new one is complete.
 

@@ -290,6 +290,10 @@ class SinkCache(Gated):
         other.__dict__ = copy.deepcopy(self.__dict__, {id(self.spec): self.spec})
         return other
 
+    def take_over(self, other: SinkCache) -> None:
+        """Become ``other``, a stream of the same model, which is not to be used any more."""
+        self.__dict__ = other.__dict__
+
     def _indices(self, row: int | None) -> Sequence[int]:
         """The rows that ``row`` means."""
         if row is None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from streamllm.atomic import replacing
-from streamllm.errors import UnsupportedModelError
+from streamllm.errors import ConfigError, UnsupportedModelError
 
 MOST_SIZES = 64
 """Steps of other shapes that one process may compile on an accelerator."""
@@ -47,6 +47,7 @@ def compile_module(module: nn.Module, args: tuple[Any, ...], *, anew: bool = Fal
     what was compiled before.
 
     Raises:
+        ConfigError: others can write to the folder of compiled code.
         UnsupportedModelError: the code would hold numbers that are no weights; the file has room for code alone.
         Exception: many kinds: no C++ compiler, no headers, an operation that cannot be exported.
     """
@@ -100,7 +101,10 @@ def _compile(module: nn.Module, args: tuple[Any, ...], path: Path) -> None:
     """Compile to ``path``, and let go of what was unused for longest."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_private(path.parent):
-        raise PermissionError(f"{path.parent}, where code is kept that will be run, can be written by others")
+        raise ConfigError(
+            f"others can write to {path.parent}, where code is kept that will be run; take their rights away "
+            "(chmod go-w), or name another folder by STREAMLLM_COMPILED"
+        )
     with torch.no_grad(), _grouped_attention(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the inside of the compiler
         exported = torch.export.export(module, args, strict=False)

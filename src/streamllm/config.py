@@ -84,6 +84,8 @@ class CacheConfig(_Shown):
         check_count("sinks", self.sinks, 0)
         if self.kv_dtype not in KV_DTYPES:
             raise ConfigError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, you gave {self.kv_dtype!r}.")
+        if self.reread not in (None, True, False):
+            raise ConfigError(f"reread must be True, False or None, you gave {self.reread!r}.")
         if self.window is not None:
             check_count("window", self.window, 1)
         check_count("block", self.block, 1)
@@ -127,8 +129,8 @@ class SamplingConfig(_Shown):
                 f"repetition_penalty must be above 0, you gave {self.repetition_penalty}; 1 turns it off."
             )
         check_count("repetition_window", self.repetition_window, 1)
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be between 0 and 2**63 - 1, you gave {self.seed}.")
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            raise ConfigError(f"seed must be a whole number between 0 and 2**63 - 1, you gave {self.seed}.")
 
 
 def check_count(name: str, value: int, least: int) -> None:

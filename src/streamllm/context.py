@@ -90,11 +90,13 @@ class Context:
 
     # ---- turns
 
-    def piece(self, content: str, last: TurnRow | None) -> tuple[list[int], int]:
-        """The ids of the next turn after ``last``, and how many of them still belong to that one."""
+    def piece(self, content: str, transcript: Transcript) -> tuple[list[int], int]:
+        """The ids of the next turn, and how many of them still belong to the last one."""
+        last = transcript.last()
         if last is None:
             return self.template.head + self.template.opening(content), 0
-        return self.template.following(content, last.end_id), self.template.closing(last.end_id)
+        end_id = _end_id(last, transcript)
+        return self.template.following(content, end_id), self.template.closing(end_id)
 
     def enter(self, number: int, closing: int, ahead: int = 0) -> None:
         """Turn ``number`` begins with what is read next, of which ``closing`` tokens still belong to the turn before.
@@ -206,7 +208,7 @@ class Context:
         last = first
         for row in transcript.turns(number + 1):
             ids = transcript.prompt_ids(row.number)
-            self.enter(row.number, self.template.closing(last.end_id) if last else 0)
+            self.enter(row.number, self.template.closing(_end_id(last, transcript)) if last else 0)
             self._replay(row, ids, transcript.reply_ids(row.number))
             last = row
 
@@ -228,6 +230,11 @@ class Context:
                 f"The system prompt has {head} tokens, the window {window}: shorten it, or give a larger window."
             )
         return cache
+
+
+def _end_id(row: TurnRow, transcript: Transcript) -> int | None:
+    """The end token of a reply; none if another tokenizer drew it."""
+    return row.end_id if row.number > transcript.get("foreign", 0) else None
 
 
 def _said(content: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,15 +21,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from streamllm.cache import SinkCache
-from streamllm.config import PREFILL_CHUNK, CacheConfig, OnEnd, SamplingConfig
+from streamllm.config import PREFILL_CHUNK, CacheConfig, OnEnd, SamplingConfig, check_count
 from streamllm.detokenize import Decoder
-from streamllm.errors import BusyError, ConfigError, InputError
+from streamllm.errors import BusyError, ConfigError, InputError, StreamLLMWarning
 from streamllm.loop import Chunk, Turn
 from streamllm.models import free_bytes
 from streamllm.places import Places
 from streamllm.request import Request
 from streamllm.sampling import Sampler, draw
-from streamllm.slots import Slots, why_not
+from streamllm.slots import NOT_COMPILED, Slots, why_not
 from streamllm.stats import EngineStats
 
 PIECE_STEPS = 4
@@ -50,14 +51,16 @@ class Engine:
         compile: compile the decode step, for 1, 2, 4, .. streams, before the first comes: up to a minute each the first
             time, and a second from then on.
         memory: bytes for all caches, those of the slots and those of streams that read their prompt or wait;
-            ``None``: four fifths of what is free now. Fewer slots than asked for are made if need be.
-        folder: where caches go that memory has no room for; ``None``: such streams wait until others are done.
+            ``None``: four fifths of what is free now. Fewer slots than asked for are made if need be. Without
+            a folder, ``suspend`` can go beyond it.
+        folder: where caches go that memory has no room for; ``None``, or if nothing more can be written there: such
+            streams wait until others are done.
         waiting: streams that may be there beyond the slots, before ``submit`` refuses.
         quantum: tokens that a stream may generate before others that wait get its slot.
         note: told in one sentence what does not work as asked for; ``None``: a warning.
 
     Raises:
-        ConfigError: a number is out of range, or memory does not suffice for one stream.
+        ConfigError: a number is out of range, the folder cannot be made, or memory does not suffice for one stream.
     """
 
     def __init__(
@@ -76,8 +79,11 @@ class Engine:
         note: Callable[[str], None] | None = None,
     ) -> None:
         for name, value, least in (("slots", slots, 1), ("waiting", waiting, 0), ("quantum", quantum, 1)):
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}, you gave {value}.")
+            check_count(name, value, least)
+        for name, size in (("columns", columns), ("memory", memory)):
+            if size is not None:
+                check_count(name, size, 1)
+        disk = None if folder is None else _made(Path(folder))
         self.model, self.tokenizer = model, tokenizer
         self.config = config or CacheConfig()
         probe = self._new_cache()
@@ -85,35 +91,42 @@ class Engine:
         self.bytes_per_stream = probe.bytes_when_full * self.columns // probe.capacity
         free = free_bytes(model.device)
         memory = (None if free is None else free * 4 // 5) if memory is None else memory
+        reason = why_not(probe)
+        least = 1 if reason else 2  # caches of one stream: with slots, it is read beside the one that it goes to
         fits = slots + waiting + 1 if memory is None else memory // self.bytes_per_stream
-        if fits < 2:
+        if fits < least:
             raise ConfigError(
-                f"One stream needs {2 * self.bytes_per_stream:,} bytes, for its slot and for reading its prompt; "
-                f"{memory:,} are there: choose a smaller window, kv_dtype='int8', or give more memory."
+                f"One stream needs {least * self.bytes_per_stream:,} bytes"
+                + ("" if reason else ", for its slot and for reading its prompt")
+                + f"; {memory:,} are there: choose a smaller window, kv_dtype='int8', or give more memory."
             )
         self._spec = probe.spec
-        count = min(slots, fits - 1)
+        self._note = note or (lambda text: warnings.warn(text, StreamLLMWarning, stacklevel=3))
+        count = min(slots, fits - least + 1)
         self._most = count + waiting
         self._slots = None
-        if why_not(probe) is None:
+        if reason is None:
             self._slots = Slots(model, count, self.columns, compiles=compile, note=note)
             self._prepare(self._slots)
+        elif compile:
+            self._note(NOT_COMPILED.format(reason) + ".")
         self._changed = threading.Condition()
         self._places = Places(
             model,
             self._slots,
             count,
-            fits - count,
-            None if folder is None else Path(folder),
+            fits if self._slots is None else fits - count,
+            disk,
             quantum,
             self._changed,
             self._new_cache,
             self._finish,
+            self._tell,
         )
         self._pieces: dict[int, Iterator[None]] = {}  # of the prompts that are being read
-        self._submitted = self._finished = self._failed = self._read = self._generated = 0
+        self._submitted = self._finished = self._failed = self._read = self._generated = self._repeated = 0
         self._step_s = self._token_s = 0.0  # what a step and one token of a prompt have taken lately
-        self._is_closing = self._is_draining = False
+        self._is_closing = self._is_draining = self._is_blamed = False
         self._thread = threading.Thread(target=self._work, name="streamllm-engine", daemon=True)
         self._thread.start()
 
@@ -153,6 +166,8 @@ class Engine:
                 f"The stream's cache has kv_dtype={cache.config.kv_dtype!r}, this engine's have "
                 f"{self.config.kv_dtype!r}: make another engine for it."
             )
+        if cache is not None and self._slots is not None and (reason := why_not(cache)):
+            raise ConfigError(f"The stream cannot be read in this engine's slots, since {reason}: use stream() for it.")
         turn = Turn(
             self.model,
             self.tokenizer,
@@ -194,6 +209,7 @@ class Engine:
                 tokens_generated=self._generated,
                 finished=self._finished,
                 failed=self._failed,
+                repeated=self._repeated,
             )
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -267,6 +283,11 @@ class Engine:
             or self._places.next() is not None
         )
 
+    def _tell(self, text: str) -> None:
+        """A sentence from the engine's thread, which goes on whatever becomes of it."""
+        with contextlib.suppress(Exception):
+            self._note(text)
+
     def _wake(self) -> None:
         """Something has changed for a request, whose lock may be held: never take it while holding this one."""
         with self._changed:
@@ -276,7 +297,7 @@ class Engine:
         """Let streams out that were cancelled, suspended or had their share, and others in."""
         places = self._places
         for request in places.all():
-            if request.state == "done":  # its cache could not be put on disk to make room
+            if request.state == "done":  # its cache was in pieces when it was to be put on disk
                 continue
             if request.is_cancelled:
                 self._finish(request)
@@ -286,9 +307,9 @@ class Engine:
                 places.move(request, places.queue, "waiting")
         while (chosen := places.next()) is not None:
             try:
-                places.enter(chosen)
+                places.enter(*chosen)
             except Exception as error:
-                self._finish(chosen, error)
+                self._finish(chosen[0], error)
 
     def _finish(self, request: Request, error: BaseException | None = None) -> None:
         """End a stream, well or not; raises nothing."""
@@ -365,9 +386,11 @@ class Engine:
         """The logits [V] of each; ``None`` for one that has failed and is finished."""
         caches = [r.turn.cache for r in ready]
         if self._slots is not None:
-            # If that fails, out of memory or else: whose fault it is, each one by itself tells, and needs less.
-            with contextlib.suppress(Exception):
+            try:
                 return list(self._slots.step(caches, [cache.unread[-1] for cache in caches]))
+            except Exception as error:  # whose fault it is, each one by itself tells, and needs less memory
+                self._repeated += 1
+                self._blame(error)
         found: list[Tensor | None] = []
         for request in ready:
             try:
@@ -376,6 +399,16 @@ class Engine:
                 self._finish(request, error)
                 found.append(None)
         return found
+
+    def _blame(self, error: Exception) -> None:
+        """Tell once of a step that failed, unless it was for want of memory: one that always fails is slow, no more."""
+        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+        if not is_memory and not self._is_blamed:
+            self._is_blamed = True
+            self._tell(
+                f"A decode step failed and is repeated stream by stream, which is slower: "
+                f"{type(error).__name__}, {str(error)[:100].strip()}."
+            )
 
     def _draw(self, requests: list[Request], rows: list[Tensor]) -> Sequence[int | Exception]:
         """An id for each stream, or why there is none."""
@@ -410,6 +443,15 @@ def _one(row: Tensor, sampler: Sampler) -> int | Exception:
         return sampler(row)
     except Exception as error:
         return error
+
+
+def _made(folder: Path) -> Path:
+    """The folder, which is there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"Caches cannot go to {folder}: {error.strerror or error}; name another folder.") from error
+    return folder
 
 
 def _lately(before: float, now: float) -> float:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from streamllm.cache import SinkCache
-from streamllm.config import ANSWER_TOKENS, SamplingConfig, check_count
+from streamllm.config import ANSWER_TOKENS, PREFILL_CHUNK, SamplingConfig, check_count
 from streamllm.errors import ConfigError, StateError
 from streamllm.loop import Chunk, stream
 from streamllm.sampling import Sampler
 from streamllm.template import ChatTemplate
-
-READ_IDS = 1024
-"""Tokens of a text that are read before whoever waits for its answer is heard."""
 
 
 class Pipe:
@@ -40,7 +38,7 @@ class Pipe:
         state: what ``state()`` gave when the cache was saved.
 
     Attributes:
-        cache, sampler, template: its parts.
+        cache, sampler, template: its parts. A text that is broken off brings another ``cache`` object.
 
     Raises:
         ConfigError: an option cannot be used, or the instructions are larger than the window.
@@ -80,31 +78,52 @@ class Pipe:
         if state is not None:
             self._restore(state)
 
-    def answer(self, text: str) -> Iterator[Chunk]:
+    def check(self, text: str) -> None:
+        """Refuse a text that could not be answered; nothing is read.
+
+        Raises:
+            InputError: it cannot be encoded, or the template refuses it.
+        """
+        self._spell(text)
+
+    def answer(self, text: str, *, progress: Callable[[int], None] | None = None) -> Iterator[Chunk]:
         """Read a text and write the answer to it.
 
+        Args:
+            text: what to read.
+            progress: told the tokens that the cache has seen, after each step of reading a text of more than
+                ``PREFILL_CHUNK`` tokens. What it raises breaks the reading off, and the stream is as if the text had
+                never come; while such a text is read there is a second copy of the cache for that.
+
         Yields:
-            Now and then while a long text is read, a chunk without id; then one a token. Breaking off leaves a stream
-            that can go on with the next text.
+            One chunk a token. Breaking off leaves a stream that can go on with the next text.
 
         Raises:
             InputError: before anything is read, if the text cannot be encoded.
         """
-        ids, closing = self._spell(text)
+        ids, closing, said = self._spell(text)
+        is_breakable = progress is not None and len(ids) > PREFILL_CHUNK
+        border = self._border() if is_breakable else None
+        if said is not None:  # every turn is spelt anew: the window is emptied for it
+            self._said = said
+            self._before += self.cache.tokens_seen
+            self.cache.reset()
         self._end_id, self._is_closed = None, False
         self.cache.mark(len(self.cache.unread) + closing)
-        last = max(0, len(ids) - 1) // READ_IDS * READ_IDS
-        for start in range(0, last, READ_IDS):
-            for chunk in self._stream(ids[start : start + READ_IDS], max_tokens=0):
-                yield self._counted(dataclasses.replace(chunk, finish=None))
-        chunks = self._stream(ids[last:], max_tokens=self._max_tokens)
-        for chunk in _one_line(chunks) if self._is_one_line else chunks:
-            if self._said:
-                self._said[-1][1] += chunk.text
-            if chunk.finish == "end":
-                self._end_id, self.cache.unread = chunk.id, []  # the next turn closes this one
-            self._is_closed = self._is_one_line and chunk.finish == "stop"
-            yield self._counted(chunk)
+        chunks = self._stream(ids, progress if is_breakable else None)
+        try:
+            for chunk in _one_line(chunks) if self._is_one_line else chunks:
+                border = None  # the text was read
+                if self._said:
+                    self._said[-1][1] += chunk.text
+                if chunk.finish == "end":
+                    self._end_id, self.cache.unread = chunk.id, []  # the next turn closes this one
+                self._is_closed = self._is_one_line and chunk.finish == "stop"
+                yield self._counted(chunk)
+        except BaseException:
+            if border is not None:
+                self._go_back(border)
+            raise
 
     def state(self) -> dict[str, Any]:
         """Return all that is needed besides the cache and the sampler to go on, ready for JSON."""
@@ -142,58 +161,80 @@ class Pipe:
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"The saved pipe is damaged ({type(error).__name__}: {error}); begin anew.") from error
 
-    def _stream(self, ids: Sequence[int], *, max_tokens: int) -> Iterator[Chunk]:
+    def _border(self) -> _Border:
+        return _Border(
+            self.cache.fork(), tuple(self.sampler.recent), self._end_id, self._is_closed, self._said, self._before
+        )
+
+    def _go_back(self, border: _Border) -> None:
+        self.cache = border.cache
+        self.sampler.recent.clear()
+        self.sampler.observe(border.recent)
+        self._end_id, self._is_closed = border.end_id, border.is_closed
+        self._said, self._before = border.said, border.before
+
+    def _stream(self, ids: Sequence[int], progress: Callable[[int], None] | None) -> Iterator[Chunk]:
         return stream(
             self._model,
             self._tokenizer,
             ids,
             cache=self.cache,
             sampling=self.sampler,
-            max_tokens=max_tokens,
+            max_tokens=self._max_tokens,
             stop=self._stop,
-            compile=self._compile and max_tokens > 0,
+            compile=self._compile,
+            progress=progress,
         )
 
-    def _spell(self, text: str) -> tuple[list[int], int]:
-        """Return the ids of a text's turn, and how many of them still belong to the last one."""
+    def _spell(self, text: str) -> tuple[list[int], int, deque[list[str]] | None]:
+        """Return the ids of a text's turn, how many of them still belong to the last one, and what ``_said`` will be.
+
+        The last is ``None`` where turns are not spelt anew.
+        """
         template = self.template
         if not template.is_incremental:
-            return self._spell_anew(text), 0
+            return self._spell_anew(text)
         if not self.cache.tokens_seen and not self.cache.unread:
-            return template.head + template.opening(text), 0
+            return template.head + template.opening(text), 0, None
         if self._is_closed:
-            return template.opening(text), 0
-        return template.following(text, self._end_id), template.closing(self._end_id)
+            return template.opening(text), 0, None
+        return template.following(text, self._end_id), template.closing(self._end_id), None
 
-    def _spell_anew(self, text: str) -> list[int]:
-        """Return the ids of as many turns as fit into the window, which is emptied for them."""
-        self._said.append([text, ""])
-        try:
-            while True:
-                *past, (asked, _) = self._said
-                ids = self.template.whole(
-                    [
-                        {"role": role, "content": content}
-                        for turn in past
-                        for role, content in zip(("user", "assistant"), turn, strict=True)
-                    ]
-                    + [{"role": "user", "content": asked}]
-                )
-                if len(ids) <= (self.cache.config.window or 0) or not past:
-                    break
-                self._said.popleft()
-        except BaseException:
-            self._said.pop()
-            raise
-        self._before += self.cache.tokens_seen
-        self.cache.reset()
-        return ids
+    def _spell_anew(self, text: str) -> tuple[list[int], int, deque[list[str]]]:
+        """Return the ids of as many turns as fit into the window."""
+        said = self._said.copy()
+        said.append([text, ""])
+        while True:
+            *past, (asked, _) = said
+            ids = self.template.whole(
+                [
+                    {"role": role, "content": content}
+                    for turn in past
+                    for role, content in zip(("user", "assistant"), turn, strict=True)
+                ]
+                + [{"role": "user", "content": asked}]
+            )
+            if len(ids) <= (self.cache.config.window or 0) or not past:
+                return ids, 0, said
+            said.popleft()
 
     def _counted(self, chunk: Chunk) -> Chunk:
         """Count what was read before the cache was emptied, too."""
         stats = chunk.stats
         seen, evicted = stats.tokens_seen + self._before, stats.tokens_evicted + self._before
         return dataclasses.replace(chunk, stats=dataclasses.replace(stats, tokens_seen=seen, tokens_evicted=evicted))
+
+
+@dataclass(frozen=True)
+class _Border:
+    """A pipe where a text began. Reading draws nothing, so the random numbers are not among it."""
+
+    cache: SinkCache
+    recent: tuple[int, ...]
+    end_id: int | None
+    is_closed: bool
+    said: deque[list[str]]
+    before: int
 
 
 def _one_line(chunks: Iterator[Chunk]) -> Iterator[Chunk]:

@@ -2,12 +2,13 @@
 
 Knows the terminal, forms and pipes, but no flags (``cli_pipe``). From the moment on that the stream begins, Ctrl-C is
 only noted: the answer that is being written ends after the token, is printed as far as it is, and what was read and
-written is saved.
+written is saved. A long record that is being read is broken off, and waits in what is saved.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ ON_ERROR: tuple[OnError, ...] = ("stop", "skip")
 
 PIECE_BYTES = 4096
 """Most that is read beyond the end of the record that is being answered."""
+
+SAVED = Record(0, 0, b"")
+"""Stands for the records that wait in a saved stream and are enough to be answered."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,10 @@ class PipeJob:
                 metadata = {"pipe": {**pipe.state(), "waiting": waiting}}
                 save_state(self.save, pipe.cache, sampler=pipe.sampler, metadata=metadata)
                 screen.note(f"saved to {self.save}; go on with --resume {self.save}")
-            elif waiting and signals.received is None:
+            if signals.received is not None and len(waiting) >= self.every:
+                kept = "" if self.save is None else "; --resume answers it first"
+                screen.line(f"broken off while it was read: the last record has no answer{kept}")
+            elif waiting and self.save is None and signals.received is None:
                 screen.note(f"not answered at the end: {len(waiting)} of --every {self.every} records")
             if last is not None and self.stats:
                 screen.line(last.stats.line())
@@ -172,40 +179,63 @@ class PipeJob:
         def idle() -> None:
             screen.note("waiting for records on standard input; Ctrl-D, or the end of the pipe, ends it")
 
-        for record in split_records(read_bytes(signals, idle, PIECE_BYTES), self.form.split):
+        records = split_records(read_bytes(signals, idle, PIECE_BYTES), self.form.split)
+        if len(waiting) >= self.every:  # they were read when the stream was saved, and have no answer
+            records = itertools.chain([SAVED], records)
+        for record in records:
             if signals.received is not None:  # and the input may be cut off in the middle of a record
                 return
             try:
-                waiting.append(self.form.fill(record))
-                if len(waiting) < self.every:
+                text = "" if record is SAVED else self.form.fill(record)
+                if len(waiting) + 1 < self.every:
+                    with _naming(record):
+                        pipe.check(text)  # now, so that no other record is lost by it
+                    waiting.append(text)
                     continue
-                text = "".join(waiting)
-                waiting.clear()
-                chunk, said = self._answer(pipe, text, record, screen, signals)
+                answer = self._answer(pipe, "".join([*waiting, text]), record, screen, signals)
             except InputError as error:
                 if self.on_error == "stop":
                     raise
                 screen.line(f"left out: {error}")
+                if record is SAVED:
+                    waiting.clear()
                 continue
-            if chunk.id is not None:  # or a signal came while it was read
-                yield chunk, self._line(record, said, chunk)
+            if answer is None:
+                waiting.extend([] if record is SAVED else [text])
+                return
+            waiting.clear()
+            chunk, said = answer
+            yield chunk, self._line(record, said, chunk)
 
-    def _answer(self, pipe: Pipe, text: str, record: Record, screen: Screen, signals: Signals) -> tuple[Chunk, str]:
-        """Answer one text, until it ends or a signal comes; return the last chunk and the answer."""
+    def _answer(
+        self, pipe: Pipe, text: str, record: Record, screen: Screen, signals: Signals
+    ) -> tuple[Chunk, str] | None:
+        """Answer one text, until it ends or a signal comes; return the last chunk and the answer.
+
+        ``None``: the signal came while a long text was read, and the stream is as it was before.
+        """
         began = time.monotonic()
-        chunks: Any = pipe.answer(text)  # a generator
+
+        def progress(_seen: int) -> None:
+            if signals.received is not None:
+                raise _BrokenOffError
+            if time.monotonic() - began > PATIENCE:
+                screen.spin(reading(pipe.cache))
+
+        chunks: Any = pipe.answer(text, progress=progress)  # a generator
         said = ""
-        with contextlib.closing(chunks):
-            try:
+        try:
+            with contextlib.closing(chunks), _naming(record):
                 for chunk in chunks:
                     said += chunk.text
                     if signals.received is not None:
                         break
                     if time.monotonic() - began > PATIENCE:
-                        screen.spin(reading(pipe.cache) if chunk.id is None else f"answering record {record.number}")
-            except InputError as error:
-                raise InputError(f"Line {record.line}: {error}") from error
-        screen.settle()
+                        screen.spin(f"answering record {record.number}")
+        except _BrokenOffError:
+            return None
+        finally:
+            screen.settle()
         return chunk, said
 
     def _line(self, record: Record, said: str, chunk: Chunk) -> str:
@@ -225,3 +255,20 @@ class PipeJob:
                 },
             }
         )
+
+
+class _BrokenOffError(Exception):
+    """A signal came while a text was read."""
+
+
+@contextlib.contextmanager
+def _naming(record: Record) -> Iterator[None]:
+    """Name the line of a record in what is wrong with its text.
+
+    Raises:
+        InputError: as the block did.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"Line {record.line}: {error}") from error

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from streamllm.cache import SinkCache
+from streamllm.errors import CacheError
 from streamllm.request import Request, State
 from streamllm.slots import Slots
 from streamllm.state import load_state, save_state
@@ -28,12 +29,13 @@ class Places:
         model: whose streams they are.
         slots: where streams decode side by side; ``None``: this model's streams decode each by itself.
         count: streams that are active at the same time.
-        most_apart: caches that memory has room for beside the slots.
-        folder: where further ones go; ``None``: nowhere.
+        most_apart: caches that memory has room for beside the slots; all of them, if there are no slots.
+        folder: where further ones go, which is there; ``None``: nowhere.
         quantum: tokens of its share; after them a stream leaves for others that wait.
         changed: the engine's lock.
         empty: makes a cache that holds nothing.
         fail: ends a stream by an error.
+        tell: told in one sentence that nothing more can be put into the folder.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Places:
         changed: threading.Condition,
         empty: Callable[[], SinkCache],
         fail: Callable[[Request, Exception], None],
+        tell: Callable[[str], None],
     ) -> None:
         self.count, self.slots = count, slots
         self.active: list[Request] = []  # has a slot, or reads its prompt to get into it
@@ -54,9 +57,7 @@ class Places:
         self.apart: list[Request] = []  # suspended
         self.files: dict[int, Path] = {}  # of those on disk, by their numbers
         self._model, self._most_apart, self._folder, self._quantum = model, most_apart, folder, quantum
-        self._changed, self._empty, self._fail = changed, empty, fail
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        self._changed, self._empty, self._fail, self._tell = changed, empty, fail, tell
 
     # ---- for every thread
 
@@ -73,40 +74,46 @@ class Places:
 
     # ---- for the engine's thread
 
-    def next(self) -> Request | None:
-        """Who becomes active next: the first in the queue that can go on, and for whose cache there is room."""
+    def next(self) -> tuple[Request, Request | None] | None:
+        """Who becomes active next, and who leaves for it, if somebody must.
+
+        It is the first in the queue that can go on, and for whose cache there is room. Readers may take chunks at any
+        moment, so who is stuck is asked here, once.
+        """
         with self._changed:
-            if self.is_crowded and self._victim() is None:
+            victim = self._victim() if self.is_crowded else None
+            if self.is_crowded and victim is None:
                 return None
             for request in self.queue:
-                needed = self.is_crowded + self._needs_room(request)
-                if not request.is_full and (self._folder is not None or self.in_memory() + needed <= self._most_apart):
-                    return request
+                if not request.is_full and self._has_room(request, victim):
+                    return request, victim
             return None
 
     @property
     def is_crowded(self) -> bool:
         """Whether nobody can become active unless another leaves."""
-        return len(self.active) == self.count
+        return len(self.active) >= self.count
 
-    def enter(self, request: Request) -> None:
+    def enter(self, request: Request, victim: Request | None) -> None:
         """Make the stream that is ``next`` active, in another's place if need be.
+
+        Nothing comes of it if the disk turns out to be full on the way: who is next is another question then.
 
         Raises:
             StateError: its file cannot be read.
             Exception: there is no memory for it.
         """
-        if self.is_crowded and (victim := self._victim()) is not None:
+        if victim is not None:
+            if self._has_slot(victim) and not self._make_room():
+                return
             self.move(victim, self.queue, "waiting")
-        if request.state == "done":  # it could not be put on disk to make room
+        if (self._needs_room(request) and not self._make_room()) or request.state == "done":
             return
         with self._changed:
             self._remove(request)
             self.active.append(request)
             request.tokens_in_slot = 0
             request.state = "decoding" if request.turn.drawn else "reading"
-        if self._needs_room(request):
-            self._make_room()
         self._fetch(request)
         request.is_begun = True
         if request.state == "decoding":
@@ -168,6 +175,17 @@ class Places:
     def _has_slot(self, request: Request) -> bool:
         return self.slots is not None and request.turn.cache in self.slots.caches
 
+    def _has_room(self, request: Request, victim: Request | None) -> bool:
+        """Whether memory suffices if one becomes active, and another gives up its slot, maybe."""
+        more = self._needs_room(request) + (victim is not None and self._has_slot(victim))
+        if not more:
+            return True
+        if self._folder is None:
+            return self.in_memory() + more <= self._most_apart
+        # One after the other, and all may go to disk but those that are active beside the slots.
+        staying = sum(other is not victim and not self._has_slot(other) for other in self.active)
+        return staying < self._most_apart
+
     def _needs_room(self, request: Request) -> bool:
         """Whether a stream's cache takes memory beside the slots when it enters, and did not before."""
         return not request.is_begun or request.id in self.files
@@ -180,27 +198,31 @@ class Places:
     def _fetch(self, request: Request) -> None:
         """Back from disk, if it is there."""
         if request.id in self.files:
-            request.turn.cache = load_state(self.files[request.id], self._model).cache
+            request.turn.cache.take_over(load_state(self.files[request.id], self._model).cache)
             self.files.pop(request.id).unlink(missing_ok=True)
 
-    def _make_room(self) -> None:
-        """Put caches on disk, those first that get a slot last, until one more fits into memory."""
-        for request in [*reversed(self.apart), *reversed(self.queue)] if self._folder is not None else ():
-            if self.in_memory() < self._most_apart:
-                return
+    def _make_room(self) -> bool:
+        """Put caches on disk, those first that get a slot last, until one more fits into memory; whether it does."""
+        for request in [*reversed(self.apart), *reversed(self.queue)]:
+            if self._folder is None or self.in_memory() < self._most_apart:
+                break
             if not self._needs_room(request):
-                self._put_on_disk(request)
+                self._put_on_disk(request, self._folder)
+        return self.in_memory() < self._most_apart
 
-    def _put_on_disk(self, request: Request) -> None:
-        assert self._folder is not None
-        path = self._folder / f"engine-{os.getpid()}-{id(self):x}-{request.id}.stream"
+    def _put_on_disk(self, request: Request, folder: Path) -> None:
+        """Its cache stays the object that its user may hold, and holds nothing meanwhile."""
+        path = folder / f"engine-{os.getpid()}-{id(self):x}-{request.id}.stream"
         try:
             save_state(path, request.turn.cache)
-        except Exception as error:  # no space
+        except CacheError as error:  # its cache is in pieces
             self._fail(request, error)
-            return
-        request.turn.cache = self._empty()
-        self.files[request.id] = path
+        except Exception as error:  # no space: what is in memory is whole, and stays there
+            self._folder = None
+            self._tell(f"Streams that wait stay in memory from here on, so fewer are served in turns: {error}")
+        else:
+            request.turn.cache.take_over(self._empty())
+            self.files[request.id] = path
 
     def _remove(self, request: Request) -> None:
         """Out of whichever group it is in; called with the lock held."""

@@ -212,10 +212,10 @@ def quote(passages: Sequence[Passage]) -> str:
     if not passages:
         return ""
     lines = [
-        f'Turn {passage.turn}, {passage.role}: "{" ".join(passage.text.split())}"'
+        f'(Earlier, turn {passage.turn}, {passage.role}: "{" ".join(passage.text.split())}")'
         for passage in sorted(passages, key=lambda passage: passage.id)
     ]
-    return "\n".join(["[Said earlier in this conversation]", *lines, "[End of what was said earlier]", "", ""])
+    return "\n".join([*lines, "", ""])
 
 
 def asks(text: str) -> bool:

@@ -17,7 +17,7 @@ from streamllm.cache import SinkCache
 from streamllm.loop import Chunk, Turn
 
 BUFFER = 256
-"""Chunks that wait for their reader at most; then the stream stands still."""
+"""Chunks that wait for their reader at most; then the stream stands still, until half of them are taken."""
 
 State = Literal["waiting", "reading", "decoding", "suspended", "done"]
 
@@ -29,6 +29,8 @@ class Request:
         id: counts from 1 in each engine.
         state: "waiting" for a slot, "reading" its prompt, "decoding", "suspended", or "done".
         error: why it ended, if it failed; raised from the iterator too, after the last chunk.
+        is_full: so much waits for the reader that the stream stands still. It goes on when half of that is taken: to
+            give a slot back for each token would cost more than the token.
     """
 
     def __init__(self, number: int, turn: Turn, stop_when: Callable[[Chunk], bool] | None, wake: Callable[[], None]):
@@ -38,7 +40,7 @@ class Request:
         self.turn = turn
         self.stop_when = stop_when
         self.is_cancelled = self.is_suspended = False
-        self.is_begun = False
+        self.is_begun = self.is_full = False
         self.tokens_in_slot = 0  # since it got its slot
         self._wake = wake
         self._changed = threading.Condition()
@@ -117,15 +119,11 @@ class Request:
 
     # ---- for the engine
 
-    @property
-    def is_full(self) -> bool:
-        """Whether so much waits for the reader that the stream must stand still."""
-        return len(self._chunks) >= BUFFER
-
     def push(self, chunk: Chunk) -> None:
         """Hand a chunk to the reader."""
         with self._changed:
             self._chunks.append(chunk)
+            self.is_full |= len(self._chunks) >= BUFFER
             self._tell()
 
     def end(self, error: BaseException | None = None) -> None:
@@ -137,9 +135,9 @@ class Request:
     def _pop(self) -> Chunk | None:
         """The next chunk; ``None`` at the end; called with the lock held."""
         if self._chunks:
-            was_full = self.is_full
             chunk = self._chunks.popleft()
-            if was_full:
+            if self.is_full and len(self._chunks) <= BUFFER // 2:
+                self.is_full = False
                 self._wake()
             return chunk
         if self.error is not None:

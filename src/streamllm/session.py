@@ -43,7 +43,7 @@ SAVE_EVERY = 512
 PATIENCE = 0.5
 """Seconds to wait for another thread: more than a search takes, less than anyone would call hanging."""
 
-RECALL_SHARE = 4
+RECALL_SHARE = 3
 """What is recalled for a turn takes at most one in so many tokens of the window."""
 
 
@@ -107,6 +107,7 @@ class Chat:
         self.notes: list[str] = []
         self.lock = threading.RLock()
         self._reply: Reply | None = None
+        self._is_closed = False
         self._quoted: dict[int, set[int]] = {}  # ids of passages by the turn that they stand in front of
         self._stats: Stats | None = None
         self._snapshots = Snapshots(snapshots)
@@ -255,7 +256,7 @@ class Chat:
             number, context = self.turns + 1, self._context
             if self.template.is_incremental:
                 self._make_whole()
-                ids, closing = context.piece(content, self.transcript.last())
+                ids, closing = context.piece(content, self.transcript)
                 snapshot = context.snapshot(number) if self._snapshots.most else None
                 self.transcript.begin(text, preface=quote(found), prompt_ids=ids, count=self._count)
                 if snapshot is not None:
@@ -403,7 +404,7 @@ class Chat:
                 if other.session is not None:
                     other.session.close()
                 raise
-            other.lock, other.notes, other._reply = threading.RLock(), [], None
+            other.lock, other.notes, other._reply, other._is_closed = threading.RLock(), [], None, False
             other._quoted = dict(self._quoted)
             other._scribe = Scribe(other.transcript, other._context)
             other._snapshots = self._snapshots.copy()
@@ -412,8 +413,11 @@ class Chat:
             return other
 
     def close(self) -> None:
-        """End a reply that goes on, save the session, and let it go."""
+        """End a reply that goes on, save the session, and let it go; a second time does nothing."""
         with self._alone():
+            if self._is_closed:
+                return
+            self._is_closed = True
             try:
                 self._settle()
                 self._save()

@@ -20,6 +20,7 @@ from types import TracebackType
 
 import platformdirs
 
+from streamllm.atomic import sweep_parts
 from streamllm.errors import BusyError, ConfigError, StateError, StreamLLMError
 from streamllm.hold import LOCK, Hold, holder_of, make_private
 from streamllm.transcript import Transcript
@@ -61,6 +62,7 @@ class Session:
         self.state = self.path / STATE
         self._hold = Hold(self.path, f"Session {name!r}")
         try:
+            sweep_parts(self.state)
             self.is_new = not (self.path / TRANSCRIPT).exists()
             self.transcript = Transcript(self.path / TRANSCRIPT) if create else _transcript(self.path)
         except BaseException:
@@ -186,16 +188,20 @@ def delete_session(name: str, folder: Path | None = None) -> None:
     Raises:
         BusyError: a process holds it.
         ConfigError: no session can be called so.
-        StateError: there is no such session, or its files cannot be deleted.
+        StateError: there is no such session, it is a link to one elsewhere, or its files cannot be deleted.
     """
     path = find_session(name, folder)
+    if path.is_symlink():
+        raise StateError(f"Session {name!r} is a link to {path.resolve()}, and is not deleted; delete the link itself.")
     sweep(path.parent)
     hold = Hold(path, f"Session {name!r}")
     try:
         hold.move(hidden(path.parent))  # the name is free at once, also if the process dies in the middle
         shutil.rmtree(hold.path)
     except OSError as error:
-        raise StateError(f"Session {name!r} cannot be deleted: {error.filename}: {error.strerror}.") from error
+        raise StateError(
+            f"Session {name!r} cannot be deleted: {error.filename or path}: {error.strerror or error}."
+        ) from error
     finally:
         hold.release()
 

@@ -8,6 +8,7 @@ Shapes: ``n`` slots, ``C`` columns of each, and one more that takes what idle sl
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -49,7 +50,8 @@ class Slots:
         count: how many slots.
         columns: most tokens that a stream may have cached: the largest ``capacity`` to come.
         compiles: whether steps are compiled; the first of each size then takes as long as that does.
-        note: told in one sentence why a step could not be compiled; it is then run as it is. ``None``: a warning.
+        note: told once, in one sentence, why a step could not be compiled; it and those of other sizes to come are
+            then run as they are. ``None``: a warning.
 
     Raises:
         ConfigError: ``count`` or ``columns`` is below 1.
@@ -247,26 +249,34 @@ class Slots:
     def _find(self, count: int, kind: type[Store]) -> Callable[..., Tensor] | None:
         """The compiled step over ``count`` slots, known or made now; ``None``, and a note, if it cannot be."""
         key = (count, self.columns, kind, torch.get_num_threads(), self._weights)
-        known = _steps.setdefault(self._model, {})
-        for other in [other for other in known if other[-1] != self._weights or len(known) > KNOWN]:
-            del known[other]
-        if key in known and (known[key] is None or self._agrees(known[key], count)):
-            return known[key]
-        known[key] = None  # whatever happens now, it is not tried again
+        with _lock:  # another thread may be about to compile the same
+            known = _steps.setdefault(self._model, {})
+            for other in [other for other in known if other[-1] != self._weights or len(known) > KNOWN]:
+                del known[other]
+            found = known.get(key)
+            if found is None or not (isinstance(found, str) or self._agrees(found, count)):
+                found = known[key] = self._compile(count, kind)
+        if not isinstance(found, str):
+            return found
+        self.compiles = False  # other sizes would fail alike, after as long a time
+        self._note(NOT_COMPILED.format(found))
+        return None
+
+    def _compile(self, count: int, kind: type[Store]) -> Callable[..., Tensor] | str:
+        """The step over ``count`` slots, loaded or compiled now; or why that cannot be."""
         step = _Step(self._model, kind, is_compiled=True)
         try:
             for anew in (False, True):
                 found = compile_module(step, (self._idle(count), self._tensors(count)), anew=anew)
                 if self._agrees(found, count):
-                    known[key] = found
                     return found
-            reason = "it gives other numbers than the model itself"
         except StreamLLMError as error:
-            reason = str(error)
+            return str(error)
         except Exception as error:  # no compiler, no headers, no support: many kinds
-            reason = f"{type(error).__name__}, {str(error)[:100].strip()}; is a C++ compiler there?"
-        self._note(f"Decoding is not compiled, which is slower: {reason}")
-        return None
+            is_file = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            hint = "" if is_file else "; is a C++ compiler there?"
+            return f"{type(error).__name__}, {str(error)[:100].strip()}{hint}"
+        return "it gives other numbers than the model itself"
 
     def _idle(self, count: int) -> Tensor:
         """The plan of slots that read nothing: they write into the spare column."""
@@ -274,18 +284,40 @@ class Slots:
         plan[:, 1:3] = self.columns
         return plan
 
-    def _agrees(self, step: Callable[..., Tensor] | None, count: int) -> bool:
-        """Whether a compiled step still computes what the model does: hooks or adapters may have come or gone."""
-        assert step is not None
+    def _agrees(self, step: Callable[..., Tensor], count: int) -> bool:
+        """Whether a compiled step still computes what the model does: hooks or adapters may have come or gone.
+
+        Each slot reads an id of its own at a place of its own, and sees some columns and not others. What lies in them
+        meanwhile is noise, as large as what the model itself wrote there, so that every query and mask counts.
+        """
         assert self._plain is not None
-        plan, tensors = self._idle(count), self._tensors(count)
-        want, found = self._plain(plan, tensors), step(plan, tensors)
+        tensors, least = self._tensors(count), min(8, self.columns)
+        places = [(slot, min(1 + slot % 2, least - 1)) for slot in range(count)]
+        plan = torch.tensor(
+            [[slot + 3, first, max(first, least - 1 - slot % 2), least // 2 + slot] for slot, first in places],
+            device=self._model.device,
+        )
+        used = [store.cut(slice(0, count), 0, least) for pair in self._stores for store in pair]
+        before = [store.clone() for store in used]
+        draw = torch.Generator().manual_seed(0)
+        try:
+            self._plain(plan, tensors)
+            for store in used:
+                own = store.read()[torch.arange(count), :, plan[:, 2]][:, :, None]
+                store.write(own * torch.randn(store.data.shape, generator=draw).to(own))
+            want, found = (run(plan, tensors).float() for run in (self._plain, step))
+        finally:
+            for store, old in zip(used, before, strict=True):
+                store.fill(old)
         # Packed weights are multiplied in bf16, and where the compiler rounds to it is its own matter.
         # And positions are turned into angles in float32, whatever the dtype.
         coarse = torch.float32 if kind_of(self._model) == "none" else torch.bfloat16
-        dtype = max(want.dtype, coarse, key=lambda dtype: torch.finfo(dtype).eps)
-        return bool((found - want).abs().max() <= want.abs().max() * torch.finfo(dtype).eps ** 0.5)
+        dtype = max(self._model.dtype, coarse, key=lambda dtype: torch.finfo(dtype).eps)
+        return bool((found - want).norm() <= want.norm() * torch.finfo(dtype).eps ** 0.5)
 
+
+NOT_COMPILED = "Decoding is not compiled, which is slower: {}"
+"""What a note says, with the reason."""
 
 KNOWN = 16
 """Compiled steps that are kept for each model; others are loaded again from disk."""
@@ -293,8 +325,9 @@ KNOWN = 16
 _ALL = slice(None)
 
 # The compiled steps of each model by their sizes and by where its weights lie, so that the next stream need not compile
-# or load them again; None: it failed, and need not be tried again.
-_steps: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Callable[..., Tensor] | None]] = WeakKeyDictionary()
+# or load them again; or why there is none, which need not be tried again. One thread at a time finds one.
+_steps: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Callable[..., Tensor] | str]] = WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def _sink_layers(cache: SinkCache) -> list[SinkLayer]:

@@ -78,6 +78,7 @@ class EngineStats:
         bytes_per_stream: of a full cache.
         tokens_read, tokens_generated: since the engine began, over all streams.
         finished, failed: streams since the engine began.
+        repeated: steps for all that failed, and were repeated stream by stream; since the engine began.
     """
 
     running: int
@@ -90,6 +91,7 @@ class EngineStats:
     tokens_generated: int
     finished: int
     failed: int
+    repeated: int
 
 
 class Meter:

@@ -82,7 +82,9 @@ class Typed:
             try:
                 text = self._session.prompt(pre_run=self._watch)
             except EOFError:
-                return None
+                if not self._signals.forget():
+                    return None
+                raise KeyboardInterrupt from None  # it came between two prompts, as a signal and not as a key
             except KeyboardInterrupt:
                 if not self._session.default_buffer.text:
                     raise

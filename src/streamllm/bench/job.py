@@ -163,7 +163,7 @@ class BenchJob:
             )
             prefill = measure_prefill(plan.methods, subject, plan.at, plan.rounds, leave, _prefixed(tell, "prompt"))
             tell("first token")
-            delay = measure_engine(subject, plan.at, plan.rounds, compiles=own == "compiled") if own else None
+            delay = own and measure_engine(subject, plan.at, plan.rounds, leave, compiles=own == "compiled")
             loop = own and measure_loop(
                 subject, plan.at, plan.rounds, leave, _prefixed(tell, "loop"), compiles=own == "compiled"
             )

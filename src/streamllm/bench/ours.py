@@ -44,7 +44,7 @@ class Stepper:
         self.caches = [make(1) for _ in range(rows)]
         if reason := why_not(self.caches[0]):
             raise Misfit(f"a model of this type cannot decode by steps of fixed shapes: {reason}")
-        self._slots = Slots(model, rows, self.capacity, compiles=compiles, note=_refuse)
+        self._slots = Slots(model, rows, self.capacity, compiles=compiles, note=refuse)
 
     def read(self, ids: Tensor) -> Tensor:
         """Read ids [B, T] by the model itself; the logits [B, V] after the last of them."""
@@ -76,7 +76,7 @@ class Stepper:
         return sum(cache.bytes for cache in self.caches)
 
 
-def _refuse(text: str) -> None:
+def refuse(text: str) -> None:
     """No measurement of a step that is not compiled."""
     raise Misfit(text)
 
