@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import sqlite3
@@ -319,8 +320,32 @@ def test_a_transcript_that_another_process_writes_can_be_looked_at_and_is_not_to
     transcript.end("end", 2)
     assert [passage.role for passage in WordIndex(transcript).search("zebra")] == ["user", "assistant"]
     transcript.close()
-    assert Transcript(tmp_path / "a.db", read_only=True).turn(1).finish == "end"
-    assert [file.name for file in tmp_path.iterdir()] == ["a.db"]
+    with contextlib.closing(Transcript(tmp_path / "a.db", read_only=True)) as looking:
+        assert looking.turn(1).finish == "end"
+    left = {file.name: file.stat() for file in tmp_path.iterdir()}
+    assert set(left) <= {"a.db", "a.db-wal", "a.db-shm"}
+    assert {stat.st_mode & 0o777 for stat in left.values()} == {0o600}
+    assert "a.db-wal" not in left or left["a.db-wal"].st_size == 0
+
+
+def test_a_look_that_began_before_somebody_writes_sees_what_was_written(tmp_path: Path) -> None:
+    """Reference: a look that begins afterwards. The log is written back into the file under the older look."""
+    transcript = Transcript(tmp_path / "a.db")
+    for number in range(100):
+        transcript.begin(f"old {number} " + "x" * 500, prompt_ids=[1] * 50, count=count)
+    transcript.close()
+    older = Transcript(tmp_path / "a.db", read_only=True)
+    assert len(list(older.turns())) == 100
+    transcript = Transcript(tmp_path / "a.db")
+    transcript.undo(80)
+    for number in range(100):
+        transcript.begin(f"new {number} " + "y" * 550, prompt_ids=[2] * 90, count=count)
+    transcript.close()
+    newer = Transcript(tmp_path / "a.db", read_only=True)
+    assert list(older.turns()) == list(newer.turns())
+    assert newer.turn(21).user.startswith("new 0 ")
+    older.close()
+    newer.close()
 
 
 def test_who_only_looks_leaves_nothing_behind_where_there_is_nothing_to_see(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Named sessi
 LAST = 3
 """Turns that ``show`` shows unless it is told."""
 
+SHOWN = ("model", "created", "system", "cache", "sampling", "template", "fingerprint")
+"""Settings that a person is shown, in order; what else is kept is there for the chat, and in JSON."""
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the session.", show_default=False)]
@@ -162,8 +165,9 @@ def _json_lines(name: str, transcript: Transcript, first: int) -> Iterator[str]:
 
 def _paragraphs(transcript: Transcript, first: int) -> Iterator[str]:
     """A session for a person."""
-    for key, value in transcript.settings().items():
-        yield f"{key:<12} {_setting(key, value)}\n"
+    for key in SHOWN:
+        if told := _setting(key, transcript.get(key)):
+            yield f"{key:<12} {told}\n"
     yield f"{'turns':<12} {transcript.count()} ({transcript.tokens()} tokens)\n"
     for turn in transcript.turns(first):
         yield _paragraph(turn)
@@ -179,7 +183,7 @@ def _setting(key: str, value: Any) -> str:
     if key == "created" and isinstance(value, (int, float)):
         return _when(value)
     if isinstance(value, dict):
-        return ", ".join(f"{name} {each}" for name, each in value.items())
+        return ", ".join(f"{name} {each}" for name, each in value.items() if each is not None)
     return "" if value is None else str(value).replace("\n", "\n" + " " * 13)
 
 

@@ -62,7 +62,7 @@ class Database:
         if read_only and (path is None or is_new):
             raise StateError(f"There is nothing in {path} to look at; open it to write first.")
         with self._sentences():
-            self._connection = _look_at(path) if read_only and path else _connect(path or "")
+            self._connection = _look_at(path, is_shared=True) if read_only and path else _connect(path or "")
         if not read_only:
             try:
                 self._prepare(schema if is_new else ())
@@ -157,7 +157,7 @@ class Database:
         """Whether the file has tables; refuses what is damaged or not ours, without changing a byte."""
         with self._sentences():
             # One that may write would write the log back into a file that may be damaged, when it is closed.
-            probe = _look_at(path)
+            probe = _look_at(path, is_shared=self._is_read_only)
             try:
                 (application,) = probe.execute("PRAGMA application_id").fetchone()
                 (found,) = probe.execute("PRAGMA user_version").fetchone()
@@ -218,10 +218,27 @@ class Database:
         )
 
 
-def _look_at(path: Path) -> sqlite3.Connection:
-    """A connection that may not write; where there is no log, so that nobody writes, it leaves no files beside."""
-    how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
-    return _connect(f"{path.absolute().as_uri()}?{how}")
+def _look_at(path: Path, *, is_shared: bool) -> sqlite3.Connection:
+    """A connection that may not write.
+
+    Args:
+        path: the file.
+        is_shared: whether another process may begin to write the file. SQLite then needs a log and its index beside it,
+            which stay behind; without them what is read would be wrong.
+    """
+    where, log = f"{path.absolute().as_uri()}?mode=ro", path.with_name(f"{path.name}-wal")
+    if not is_shared and not log.exists():
+        return _connect(f"{where}&immutable=1")
+    connection = _connect(where)
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        connection.close()
+        # Where there is no room or right for a log, nobody else can write one.
+        if isinstance(error, sqlite3.OperationalError) and is_shared and not (log.exists() and log.stat().st_size):
+            return _connect(f"{where}&immutable=1")
+        raise
+    return connection
 
 
 def _connect(where: Path | str) -> sqlite3.Connection:

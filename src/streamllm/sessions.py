@@ -235,7 +235,8 @@ def _make(name: str, folder: Path | None) -> Path:
     path = (folder or sessions_folder()) / name
     try:
         make_private(path)
-        if not _is_session(path) and any(path.iterdir()):
+        # In this order: the lock is the first file of a session that another process makes just now.
+        if any(path.iterdir()) and not _is_session(path):
             raise StateError(f"{path} is a folder of something else; take another name for the session.")
     except OSError as error:
         raise _unusable(path, error) from error
