@@ -93,7 +93,7 @@ def test_startup_times_help_and_the_first_token(
     """Reference: help loads neither torch nor transformers."""
     record = run(script("startup"), tmp_path, capsys)
     assert record["figures"]["loaded_by_help"] == []
-    assert len(record["figures"]["seconds"]) == 3
+    assert len(record["figures"]["seconds"]) == 4
 
 
 def test_pipe_feeds_a_text_and_watches_the_memory(
