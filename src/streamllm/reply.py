@@ -125,11 +125,11 @@ class Reply(Iterator[Chunk]):
             return self._next()
 
     def _next(self) -> Chunk:
+        if self._is_stopped:
+            self.close()
         if self.finish is not None:
             raise StopIteration
         try:
-            if self._is_stopped:
-                raise StopIteration
             if self._chunks is None:
                 self._chunks = self._begin()
             chunk = next(self._chunks)
