@@ -58,7 +58,7 @@ class Manner(TypedDict, total=False):
     Args:
         max_tokens: of this reply.
         sampling: how to draw it. With a seed, its random numbers begin anew.
-        stop, on_end: as of ``stream``.
+        stop, on_end, logprobs: as of ``stream``.
         progress: told the tokens that the cache has seen, after each step of reading a long text; what it raises breaks
             the reply off. An engine does not tell.
     """
@@ -67,6 +67,7 @@ class Manner(TypedDict, total=False):
     sampling: SamplingConfig
     stop: Sequence[str]
     on_end: OnEnd
+    logprobs: int | None
     progress: Callable[[int], None] | None
 
 
@@ -596,6 +597,7 @@ class Chat:
             "stop": manner.get("stop", self.stop),
             "on_end": on_end,
             "decoder": decoder,
+            "logprobs": manner.get("logprobs"),
         }
         oldest, evicted = self._context.oldest, self.tokens_evicted
         self._scribe.begin()
