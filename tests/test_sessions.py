@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import re
@@ -740,6 +741,10 @@ STRANGE_SETTINGS: dict[str, Any] = {
     "'sampling': '<' not supported": {"sampling": {"top_p": "x"}},
     "'sampling': temperature must be a number": {"sampling": {"temperature": None}},
     "'sampling': seed must be a whole number": {"sampling": {"seed": 1.5}},
+    "'sampling': presence_penalty must be a number from": {"sampling": {"presence_penalty": 2 * 10**9}},
+    "'sampling': frequency_penalty must be a number from": {"sampling": {"frequency_penalty": "2"}},
+    "'sampling': logit_bias must be pairs": {"sampling": {"logit_bias": {"5": 1}}},
+    "'sampling': the bias of id 5 in logit_bias": {"sampling": {"logit_bias": [[5, 1e300]]}},
     "'sampling': repetition_window must be a number of at most": {"sampling": {"repetition_window": 2**40}},
 }
 
@@ -767,7 +772,8 @@ def test_all_that_a_conversation_keeps_is_let_in(tmp_path: Path, folder: Path) -
         "window": 300,
         "kv_dtype": "int8",
     }
-    with Chat(model, tokenizer, session="work", sampling=SamplingConfig(seed=3), max_tokens=4, **options) as chat:
+    sampling = SamplingConfig(seed=3, presence_penalty=0.5, frequency_penalty=-1, logit_bias=((5, 2.5), (6, -math.inf)))
+    with Chat(model, tokenizer, session="work", sampling=sampling, max_tokens=4, **options) as chat:
         chat.send("Hello").text()
         chat.transcript.put("model", "stories260K")
         chat.transcript.put("embeddings", 2**32 - 1)
@@ -778,6 +784,7 @@ def test_all_that_a_conversation_keeps_is_let_in(tmp_path: Path, folder: Path) -
     import_session(tmp_path / "a.zip", "copy")
     with Chat(model, tokenizer, session="copy", max_tokens=4) as chat:
         assert chat.transcript.settings() == kept
+        assert chat.sampling == sampling
         assert chat.notes == []
         assert chat.send("And?").text()
 

@@ -586,7 +586,7 @@ class Chat:
         if (sampling := manner.get("sampling")) is not None:
             self._draw_by(sampling, on_end)
             if sampling.seed is not None:
-                self._context.sampler.begin_anew()
+                self._context.sampler.reseed()
         elif on_end != self._on_end:
             self._draw_by(self._sampling, on_end)
         most = manner.get("max_tokens")
@@ -603,6 +603,7 @@ class Chat:
         self._scribe.begin()
 
         def begin() -> Iterator[Chunk]:
+            self._context.sampler.begin(self.transcript.reply_ids(number))  # there are some if the reply goes on
             if self._engine is not None:
                 request = self._engine.submit(ids, **options)
                 reply.cancel = request.cancel
