@@ -32,8 +32,8 @@ class Record:
     turn: int
     tokens_read: int = 3
     tokens_generated: int = 0
-    tokens_seen: int = 0
-    tokens_cached: int = 0
+    tokens_seen: int = 81_920
+    tokens_cached: int = 1_024
     tokens_evicted: int = 0
     turns_evicted: int = 0
     evicted_now: tuple[int, int] | None = None

@@ -285,6 +285,15 @@ def test_fork_goes_on_where_it_was() -> None:
     assert (chat.is_closed, chat.texts) == (False, ["one", "two"])
 
 
+@pytest.mark.parametrize("command", ["save", "fork", "load"])
+def test_the_session_that_goes_on_is_not_named_as_one_of_another_process(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = converse(FakeChat(session="mine"), "one", f"/{command} mine")
+    assert capsys.readouterr().err == "streamllm: This is session 'mine' already.\n"
+    assert ("fork", "mine") not in talk.chat.calls
+
+
 def test_load_goes_on_with_a_session_but_never_drops_what_is_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
     talk = converse(chat := FakeChat(), "one", "/load box", "/save mine", "/load mine", "/load box", "two")
     assert (talk.chat.session.name, talk.chat.texts) == ("box", ["two"])
@@ -346,6 +355,22 @@ def test_statistics_name_what_was_seen_cached_evicted_and_recalled(capsys: pytes
     converse(chat, "/recall x", "1 word", shows_stats=True)
     line = "seen 81 920 · cached 1 024 · evicted 80 896 · recalled 1 · 43 tok/s"
     assert capsys.readouterr().err == f"{line}\nturns (3, 4) left\n"
+
+
+def test_statistics_of_a_message_that_was_broken_off_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing was drawn, so the counts are the record's, and the speeds of the reply before say nothing."""
+    chat = FakeChat()
+    chat.signal = signal.SIGINT
+    with Signals() as signals:
+        signals.defer(presses=3)
+        talk = converse(chat, "2 words", "100 steps", is_interactive=True, signals=signals, shows_stats=True)
+        talk.chat.record.tokens_seen = 90_000
+        converse(chat, "/stats")
+    err, out = (text.splitlines() for text in reversed(capsys.readouterr()))
+    assert err[0].endswith("tok/s")
+    assert err[1] == "seen 81 920 · cached 1 024 · evicted 80 896 · recalled 0"
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in out[-9:])
+    assert (rows["read"], rows["generated"], rows["seen"].split(" tokens")[0]) == ("3 tokens", "0 tokens", "90 000")
 
 
 def test_stats_shows_what_the_last_reply_has_cost(capsys: pytest.CaptureFixture[str]) -> None:

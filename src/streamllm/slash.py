@@ -196,11 +196,17 @@ def _stats(talk: Talk, _: str) -> None:
     if record is None or stats is None:
         talk.tell("there was no reply yet")
         return
+    # Speeds are told with the first token; those of a reply that has none are not known.
+    read, generated = (
+        (f", {stats.prefill_tokens_per_s:.0f} tok/s", f", {stats.decode_tokens_per_s:.1f} tok/s")
+        if record.tokens_generated
+        else ("", "")
+    )
     talk.table(
         [
             ("turn", str(record.turn)),
-            ("read", f"{record.tokens_read} tokens, {stats.prefill_tokens_per_s:.0f} tok/s"),
-            ("generated", f"{record.tokens_generated} tokens, {stats.decode_tokens_per_s:.1f} tok/s"),
+            ("read", f"{record.tokens_read} tokens{read}"),
+            ("generated", f"{record.tokens_generated} tokens{generated}"),
             ("took", f"{record.seconds:.2f} s, ended by {record.finish or 'nothing'}"),
             ("seen", f"{grouped(record.tokens_seen)} tokens in the whole conversation"),
             ("cached", f"{grouped(record.tokens_cached)} tokens, {record.occupancy:.0%} of the cache"),
@@ -221,23 +227,30 @@ def _set(talk: Talk, text: str) -> None:
 
 
 def _save(talk: Talk, name: str) -> None:
+    _must_be_another(talk, name)
     talk.switch(talk.chat.fork(session=name))
     talk.note(f"kept from here on as {talk.place()}")
 
 
 def _fork(talk: Talk, name: str) -> None:
+    _must_be_another(talk, name)
     talk.chat.fork(session=name).close()
     talk.note(f"a copy is kept as session {name!r}; here it goes on as before")
 
 
 def _load(talk: Talk, name: str) -> None:
     chat = talk.chat
-    if chat.session is not None and chat.session.name == name:
-        raise ConfigError(f"This is session {name!r} already.")
+    _must_be_another(talk, name)
     if chat.session is None and chat.turns:
         raise ConfigError("This conversation is not kept: /save NAME keeps it, /clear gives it up; then /load.")
     talk.switch(talk.open_chat(name))
     talk.note(talk.place())
+
+
+def _must_be_another(talk: Talk, name: str) -> None:
+    """Refuse the name of the session that goes on; or it would be refused as one that another process has."""
+    if talk.chat.session is not None and talk.chat.session.name == name:
+        raise ConfigError(f"This is session {name!r} already.")
 
 
 def _bye(talk: Talk, _: str) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streamllm.console import Answer, Screen, Signals
 from streamllm.run import TextLines, json_line, json_lines
-from streamllm.stats import grouped
+from streamllm.stats import Stats, grouped
 
 if TYPE_CHECKING:
     from streamllm.loop import Chunk
@@ -128,7 +129,7 @@ class Talk:
         if self._is_json:
             self.answer.write(json_line("record", **record.to_dict()))
         if self._shows_stats and self.chat.stats is not None:
-            self.screen.line(self.chat.stats.line(f"recalled {len(record.recalled)}"))
+            self.screen.line(_counted(self.chat.stats, record).line(f"recalled {len(record.recalled)}"))
             if record.evicted_now is not None:
                 self.screen.line(record.evicted())
         if record.finish == "interrupted":
@@ -185,6 +186,17 @@ class Talk:
         turns = "1 turn" if chat.turns == 1 else f"{chat.turns} turns"
         gone = f", {chat.turns_evicted} left the window" if chat.turns_evicted else ""
         return f"{name}: {turns} so far{gone}"
+
+
+def _counted(stats: Stats, record: TurnRecord) -> Stats:
+    """Statistics as of the end of a turn; if it was broken off before its first token, those of its speed are not known."""
+    stats = replace(
+        stats,
+        tokens_seen=record.tokens_seen,
+        tokens_cached=record.tokens_cached,
+        tokens_evicted=record.tokens_evicted,
+    )
+    return stats if record.tokens_generated else replace(stats, decode_tokens_per_s=0.0)
 
 
 def whose(passage: Passage) -> str:
