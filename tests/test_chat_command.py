@@ -247,7 +247,7 @@ def test_what_goes_wrong_when_a_session_is_saved_at_the_end_is_said(monkeypatch:
     monkeypatch.setattr("streamllm.session.save_state", full)
     code, _, err = chat("--session", "a", stdin="")
     assert code == 0
-    assert err.count("There is no room for the stream. The transcript has everything") == 2, "at the beginning and at the end"
+    assert err.count("There is no room for the stream. The transcript has") == 2, "at the beginning, and at the end"
 
 
 # ---- as a process of its own

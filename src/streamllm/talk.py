@@ -189,7 +189,7 @@ class Talk:
 
 
 def _counted(stats: Stats, record: TurnRecord) -> Stats:
-    """Statistics as of the end of a turn; if it was broken off before its first token, those of its speed are not known."""
+    """Statistics as of the end of a turn; of one that was broken off before its first token no speed is known."""
     stats = replace(
         stats,
         tokens_seen=record.tokens_seen,
