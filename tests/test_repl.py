@@ -25,6 +25,7 @@ from streamllm import messages
 from streamllm.config import SamplingConfig
 from streamllm.console import Answer, Screen, Signals
 from streamllm.errors import ConfigError, InputError, StreamLLMError, StreamLLMWarning
+from streamllm.passages import Passage
 from streamllm.repl import Repl
 from streamllm.run import told
 from streamllm.slash import ALIASES, COMMANDS, completions
@@ -377,7 +378,7 @@ def test_stats_shows_what_the_last_reply_has_cost(capsys: pytest.CaptureFixture[
     converse(FakeChat(), "/stats", "2 words", "/stats")
     before, *table = capsys.readouterr().out.splitlines()
     rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in table[1:])
-    assert before == "there was no reply yet"
+    assert before == "there is no reply yet since this began, or it was taken back"
     assert rows["generated"] == "2 tokens, 43.0 tok/s"
     assert rows["recalled"] == "nothing"
 
@@ -401,6 +402,18 @@ def test_a_reply_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -
     assert talk.shown(evil) == evil, "a pipe gets what the model wrote"
     talk.answer.is_terminal = True
     assert talk.shown(evil) == "�]52;c;aGk=� �31m a\tb\né😀"
+
+
+def test_what_was_recalled_cannot_steer_the_terminal_either(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named on stderr."""
+    found = [Passage(1, 3, "assistant", "\x1b]52;c;aGk=\x07 \x9b31m a\tb", 9)]
+    monkeypatch.setattr(FakeChat, "search", lambda *_, **__: found)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    talk = talk_of(FakeChat())
+    Repl(talk, partial(next, iter(["/recall x", "1 word"]), None), is_interactive=False).run()
+    assert "recalled from turn 3, reply: �]52;c;aGk=� �31m a b" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("unit", "said"), [("words", ["word1 ", "word2 "]), ("steps", [])])

@@ -194,7 +194,7 @@ def _show(talk: Talk, _: str) -> None:
 def _stats(talk: Talk, _: str) -> None:
     record, stats = talk.chat.record, talk.chat.stats
     if record is None or stats is None:
-        talk.tell("there was no reply yet")
+        talk.tell("there is no reply yet since this began, or it was taken back")
         return
     # Speeds are told with the first token; those of a reply that has none are not known.
     read, generated = (

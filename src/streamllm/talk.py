@@ -205,6 +205,6 @@ def whose(passage: Passage) -> str:
 
 
 def glimpse(text: str) -> str:
-    """The beginning of a text on one line."""
-    line = " ".join(text.split())
+    """The beginning of a text on one line; it may go to any terminal."""
+    line = " ".join(text.translate(_CONTROL).split())
     return line if len(line) <= GLIMPSE_CHARS else line[: GLIMPSE_CHARS - 1] + "…"
