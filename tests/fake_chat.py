@@ -118,7 +118,14 @@ class FakeChat:
         self.on_end, self.recall, self.is_plain = "stop", "auto", True
         self.stats: Stats | None = None
         self.record: Record | None = None
-        self.cache = SimpleNamespace(tokens_seen=0, rows=[SimpleNamespace(pinned=4)], tokens_cached=204, capacity=404)
+        self.cache = SimpleNamespace(
+            tokens_seen=0,
+            rows=[SimpleNamespace(pinned=4)],
+            tokens_cached=204,
+            capacity=404,
+            config=SimpleNamespace(window=400),
+        )
+        self.tokenizer = lambda text, **_: {"input_ids": text.split()}
         self.is_closed = False
 
     @property

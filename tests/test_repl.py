@@ -247,6 +247,24 @@ def test_what_recall_finds_is_shown_and_goes_in_front_of_the_next_message_only(
     assert capsys.readouterr().out.startswith("turn 3, you: They spoke of red boxes.\nword1")
 
 
+@pytest.mark.parametrize(
+    ("window", "kept", "says"), [(90, [3, 5], "as many as fit, 2 of them, go"), (24, [], "none of")]
+)
+def test_what_recall_finds_leaves_room_in_the_window(
+    window: int, kept: list[int], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: quotations of 4 tokens and their words, within a third of the window; the best goes before others."""
+    found = [Passage(number, 1, "user", "word " * words, 9) for number, words in ((3, 15), (4, 25), (5, 5))]
+    monkeypatch.setattr(FakeChat, "search", lambda *_, **__: found)
+    notes: list[str] = []
+    monkeypatch.setattr(Screen, "note", lambda _, text: notes.append(text))
+    chat = FakeChat()
+    chat.cache.config.window = window
+    converse(chat, "/recall word", "1 word")
+    assert notes[0].startswith(says)
+    assert [passage.id for passage in chat.calls[-1][2] or ()] == kept
+
+
 def test_what_was_found_is_still_there_when_a_message_fails() -> None:
     class Refusing(FakeChat):
         def send(self, text: str, *, recall: Any = None, progress: Any = None) -> Any:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from streamllm import strip
 from streamllm.chat_settings import NAMES, change, in_force
 from streamllm.checkpoint import size
 from streamllm.errors import ConfigError
+from streamllm.passages import Passage
 from streamllm.stats import grouped
 from streamllm.talk import Talk, glimpse, whose
 
@@ -152,8 +153,25 @@ def _recall(talk: Talk, words: str) -> None:
     found = talk.chat.search(words, limit=FOUND)
     for passage in found:
         talk.tell(f"{whose(passage)}: {' '.join(passage.text.split())}")
-    talk.found = found or None
-    talk.note("they go in front of the next message; /recall alone drops them" if found else "nothing was found")
+    talk.found = _fitting(talk, found) or None
+    if talk.found is None:
+        talk.note("none of them fits into a third of the window" if found else "nothing was found")
+        return
+    which = "they go" if len(talk.found) == len(found) else f"as many as fit, {len(talk.found)} of them, go"
+    talk.note(f"{which} in front of the next message; /recall alone drops them")
+
+
+def _fitting(talk: Talk, found: Sequence[Passage]) -> Sequence[Passage]:
+    """As many passages as a message may have in front of it, or they would drive each other out of the window."""
+    from streamllm.recall import fitting
+    from streamllm.session import RECALL_SHARE
+
+    chat = talk.chat
+
+    def count(text: str) -> int:
+        return len(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return fitting(found, count=count, budget_tokens=(chat.cache.config.window or 0) // RECALL_SHARE)
 
 
 # ---- what is in force
