@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from streamllm.console import Answer, Screen, Signals
+from streamllm.console import Answer, Screen, Signals, harmless
 from streamllm.run import TextLines, json_line, json_lines
 from streamllm.stats import Stats, grouped
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 GLIMPSE_CHARS = 60
 """Characters of a text that are shown where it is only to be recognised."""
-
-_CONTROL = {code: "�" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
-"""A text must not steer the terminal that shows it."""
 
 
 class _Interrupted(Exception):  # noqa: N818 - no error
@@ -169,7 +166,7 @@ class Talk:
 
     def shown(self, text: str) -> str:
         """A text as it may be written: nothing in it steers a terminal."""
-        return text.translate(_CONTROL) if self.answer.is_terminal else text
+        return self.answer.shown(text)
 
     # ---- conversations
 
@@ -206,5 +203,5 @@ def whose(passage: Passage) -> str:
 
 def glimpse(text: str) -> str:
     """The beginning of a text on one line; it may go to any terminal."""
-    line = " ".join(text.translate(_CONTROL).split())
+    line = " ".join(harmless(text).split())
     return line if len(line) <= GLIMPSE_CHARS else line[: GLIMPSE_CHARS - 1] + "…"
