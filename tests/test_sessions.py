@@ -215,6 +215,34 @@ def test_a_session_that_is_not_there_is_not_made_unless_that_is_wanted(folder: P
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("damage", ["empty", "missing"])
+def test_a_session_that_has_lost_its_transcript_does_not_begin_anew(damage: str, folder: Path) -> None:
+    """Reference: the saved stream, byte for byte."""
+    with Session("work") as session:
+        session.transcript.put("system", "Be kind.")
+        session.state.write_bytes(b"a stream")
+    file = folder / "work" / "transcript.db"
+    file.unlink()
+    if damage == "empty":
+        file.touch()
+    for create in (True, False):
+        with pytest.raises(StateError, match=rf"Session 'work' has no transcript: .*transcript.db is {damage}; put it"):
+            Session("work", create=create)
+    assert (folder / "work" / "state.stream").read_bytes() == b"a stream"
+    delete_session("work")
+
+
+def test_a_session_that_was_never_begun_is_new_still(folder: Path) -> None:
+    """Reference: what a process leaves that is killed, or has no room, while it makes a session."""
+    with Session("work"):
+        pass
+    with Session("work") as session:
+        assert session.is_new
+    (folder / "work" / "transcript.db").write_bytes(b"")
+    with Session("work") as session:
+        assert session.is_new
+
+
 def test_a_folder_of_something_else_is_neither_used_nor_listed_nor_deleted(folder: Path) -> None:
     """Reference: its files, byte for byte."""
     (folder / "photos").mkdir(parents=True)
