@@ -244,7 +244,7 @@ def test_what_goes_wrong_when_a_session_is_saved_at_the_end_is_said(monkeypatch:
     def full(*_: Any, **__: Any) -> None:
         raise StateError("There is no room for the stream.")
 
-    monkeypatch.setattr("streamllm.session.save_state", full)
+    monkeypatch.setattr("streamllm.keeper.save_state", full)
     code, _, err = chat("--session", "a", stdin="")
     assert code == 0
     assert err.count("There is no room for the stream. The transcript has") == 2, "at the beginning, and at the end"
