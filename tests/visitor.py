@@ -24,7 +24,7 @@ FLAGS = [
     "--disable-sync",
 ]
 
-PATIENCE = 30_000
+PATIENCE = 60_000
 """Milliseconds to wait for anything."""
 
 
