@@ -133,6 +133,51 @@ class SamplingConfig(_Shown):
             raise ConfigError(f"seed must be a whole number between 0 and 2**63 - 1, you gave {self.seed}.")
 
 
+@dataclass(frozen=True, repr=False)
+class ServeConfig(_Shown):
+    """What a server allows, and to whom.
+
+    Args:
+        host, port: where it listens; port 0 takes a free one.
+        slots: replies that are generated at the same time.
+        waiting: requests that may wait beyond them, before others are refused.
+        resident: conversations in memory at most; ``None``: as many as slots and waiting requests.
+        max_stream_tokens: tokens of one reply at most; ``None``: no limit.
+        max_per_key: requests of one API key that run at the same time; ``None``: no limit.
+        max_body: bytes of a request at most.
+        keep: sessions without a name that are kept for each key; the least recently used ones go.
+        idle: seconds after which a conversation goes to disk.
+        drain_seconds: how long replies may go on when the server is asked to leave.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    slots: int = 8
+    waiting: int = 64
+    resident: int | None = None
+    max_stream_tokens: int | None = None
+    max_per_key: int | None = None
+    max_body: int = 32 << 20
+    keep: int = 1000
+    idle: float = 600.0
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_count("port", self.port, 0)
+        if self.port > 65535:
+            raise ConfigError(f"port must be at most 65535, you gave {self.port}.")
+        for name, least in (("slots", 1), ("waiting", 0), ("max_body", 1), ("keep", 1)):
+            check_count(name, getattr(self, name), least)
+        for name in ("resident", "max_stream_tokens", "max_per_key"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
+        _at_least("idle", self.idle, 0)
+        _at_least("drain_seconds", self.drain_seconds, 0)
+
+
 def check_count(name: str, value: int, least: int) -> None:
     """Refuse what is no whole number of at least ``least``.
 

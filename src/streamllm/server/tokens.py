@@ -1,0 +1,37 @@
+"""Tokens as clients are told of them: spelt, in bytes, with their log probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from streamllm.loop import Chunk
+
+
+class Spelling:
+    """Tells the log probabilities of tokens.
+
+    Args:
+        tokenizer: spells them.
+        most: how many of the most likely ones are told beside each.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, most: int) -> None:
+        self._tokenizer, self._most = tokenizer, most
+
+    def text(self, id: int) -> str:
+        """A token by itself."""
+        return str(self._tokenizer.decode([id]))
+
+    def chat(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """As in a chat completion: one entry for the token of a chunk."""
+        found = getattr(chunk, "logprobs", None)
+        if found is None or chunk.id is None:
+            return []
+        top = [self._entry(id, logprob) for id, logprob in found.top[: self._most]]
+        return [{**self._entry(chunk.id, found.logprob), "top_logprobs": top}]
+
+    def _entry(self, id: int, logprob: float) -> dict[str, Any]:
+        text = self.text(id)
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
