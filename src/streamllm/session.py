@@ -8,6 +8,7 @@ Source: StreamingLLM, section 3.2 and table 8 (instructions need more than four 
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -515,6 +516,7 @@ class Chat:
         self._scribe.begin()
 
         def begin() -> Iterator[Chunk]:
+            self._context.sampler.begin(self.transcript.reply_ids(number))  # there are some if the reply goes on
             return stream(
                 self.model,
                 self.tokenizer,
@@ -583,7 +585,7 @@ class Chat:
         if is_new or is_new_system:
             put("system", self.template.system)
             put("template", self._options)
-        if dataclasses.asdict(sampling) != self.transcript.get("sampling"):
+        if json.loads(json.dumps(dataclasses.asdict(sampling))) != self.transcript.get("sampling"):
             put("sampling", dataclasses.asdict(sampling))
         if not is_new:
             self._go_on(sampling, fingerprint, spelling, is_new_system=is_new_system)
