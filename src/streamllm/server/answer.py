@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -29,7 +29,7 @@ async def answer(
     id: str,
     streams: int,
     prepare: Callable[[], Sequence[Choice]],
-    sum_up: Callable[[Run], bytes],
+    sum_up: Callable[[Run], Iterable[bytes]],
     whole: Callable[[Run], dict[str, Any]] | None,
     is_resumable: bool = False,
 ) -> Response:
@@ -50,7 +50,7 @@ async def answer(
         (request.state.request_id, id),
         owner,
         prepare,
-        sum_up if whole is None else lambda _: b"",
+        sum_up if whole is None else lambda _: (),
         is_resumable=is_resumable,
         leave=lambda: service.limits.leave(owner, streams),
     )

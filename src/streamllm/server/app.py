@@ -158,7 +158,8 @@ async def _not_served(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = error.errors()[0]
+    errors = error.errors()
+    found = min(errors, key=lambda each: (each["type"] not in ("refused", "unfit"), -len(each["loc"])))
     if found["type"] == "json_invalid":
         at, why = found["loc"][-1], found.get("ctx", {}).get("error", "")
         return Refusal(400, f"The body is no JSON: {why} at character {at}.", code="invalid_json").response()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -118,9 +118,10 @@ async def create_chat_completion(
             raise
         return made
 
-    def sum_up(run: Run) -> bytes:
-        usage = usage_event(head, _usage(run)) if options and options.include_usage else b""
-        return usage + DONE
+    def sum_up(run: Run) -> Iterator[bytes]:
+        if options and options.include_usage:
+            yield usage_event(head, _usage(run))
+        yield DONE
 
     request.state.log = partial(_log, messages if service.logs_messages else None)
     return await answer(

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from streamllm.engine import Engine
@@ -223,8 +223,7 @@ class Run:
     async def done(self, reader: Reader) -> None:
         """Wait for the end."""
         while not self.is_done:
-            self._take(reader)
-            if not self.is_done:
+            if not self._take(reader):
                 await reader.sleep()
 
     def _is_empty(self, reader: Reader) -> bool:
@@ -254,7 +253,6 @@ class Runs:
 
     Args:
         metrics: told of each token.
-        limits: called at the end of a run.
     """
 
     def __init__(self, metrics: Metrics) -> None:
@@ -274,7 +272,7 @@ class Runs:
         names: Sequence[str],
         owner: str,
         prepare: Callable[[], Sequence[Choice]],
-        sum_up: Callable[[Run], bytes],
+        sum_up: Callable[[Run], Iterable[bytes]],
         *,
         is_resumable: bool = False,
         leave: Callable[[], None] = lambda: None,
@@ -302,6 +300,7 @@ class Runs:
 
         def work() -> None:
             _current.run = run
+            has_left = False  # before the last event: who has read it may come again at once
             try:
                 run.choices = prepare()
                 others = [threading.Thread(target=drive, args=(choice,), daemon=True) for choice in run.choices[1:]]
@@ -310,12 +309,15 @@ class Runs:
                 drive(run.choices[0])
                 for thread in others:
                     thread.join()
-                if run.error is None:
-                    run.emit(sum_up(run))
+                leave()
+                has_left = True
+                for events in sum_up(run) if run.error is None else ():
+                    run.emit(events)
             except BaseException as error:
                 self._fail(run, error)
             finally:
-                leave()
+                if not has_left:
+                    leave()
                 with self._lock:
                     self._running.discard(run)
                 run.end()
@@ -386,7 +388,9 @@ class Runs:
                 generated()
                 if run.is_cancelled:
                     break
-            run.emit(choice.ended())
+            end = choice.ended()
+            choice.release()  # first, for the same reason
+            run.emit(end)
             metrics.success[choice.finish()].inc()
             metrics.e2e_latency.observe(clock() - run.began)
         finally:

@@ -9,8 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+def _whole_text(text: str) -> str:
+    """Refuse half characters, which JSON can write and no encoding can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("string_unicode", "it holds half a character (a lone surrogate)") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_text)]
 
 LARGE = 2**31 - 1
 """No count is larger."""
@@ -20,16 +31,16 @@ Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1, le=LARGE)]
-StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=16)]
 Bias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
     Field(max_length=1024, description="Added to the logits of ids."),
 ]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Name = Annotated[str, Field(max_length=1000)]
+Name = Annotated[Text, Field(max_length=1000)]
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
     Field(max_length=16, description="Given back with the answer."),
 ]
 SessionId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$")]
@@ -74,7 +85,7 @@ class Part(Strict):
     """A piece of a message."""
 
     type: str
-    text: str
+    text: Text
 
     @model_validator(mode="before")
     @classmethod
@@ -100,7 +111,7 @@ class ChatMessage(Strict):
     }
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | list[Part]
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from streamllm.server.schema import ChatMessage, Drawn, Model, StreamOptions, Strict, Tokens, need
+from streamllm.server.schema import ChatMessage, Drawn, Model, StreamOptions, Strict, Text, Tokens, need
 
 Ids = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
 
@@ -20,7 +20,7 @@ class CompletionRequest(Drawn):
         "suffix": ("models are run from left to right", ("",)),
     }
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     max_tokens: Tokens | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -46,7 +46,7 @@ class TokenizeRequest(Strict):
     """``POST /tokenize``, of a text or of messages."""
 
     model: Model | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True

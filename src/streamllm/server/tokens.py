@@ -30,7 +30,7 @@ class Spelling:
         if found is None or chunk.id is None:
             return []
         top = [self._entry(id, logprob) for id, logprob in found.top[: self._most]]
-        return [{**self._entry(chunk.id, found.logprob), "top_logprobs": top}]
+        return [{**self._entry(chunk.id, found.drawn), "top_logprobs": top}]
 
     def _entry(self, id: int, logprob: float) -> dict[str, Any]:
         text = self.text(id)
