@@ -19,7 +19,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, Response
 
 import streamllm
-from streamllm.server import chat_route, models_route
+from streamllm.server import (
+    chat_route,
+    models_route,
+    responses_route,
+    sessions_route,
+    streams_route,
+    text_route,
+    tokens_route,
+)
 from streamllm.server.door import Door, Gate
 from streamllm.server.journal import Journal
 from streamllm.server.keys import Keys
@@ -28,7 +36,7 @@ from streamllm.server.metrics import Metrics
 from streamllm.server.refusal import Refusal, refusal_of
 from streamllm.server.service import Service
 
-ROUTES = (chat_route, models_route)
+ROUTES = (chat_route, text_route, responses_route, models_route, sessions_route, streams_route, tokens_route)
 
 SWEEP_SECONDS = 5.0
 """Between two looks for replies that nobody has come back for."""
@@ -67,6 +75,7 @@ def make_app(
         lifespan=_lifespan,
     )
     app.state.gate, app.state.metrics, app.state.service = Gate(), Metrics(), None
+    app.state.journal = journal or Journal()
     for module in ROUTES:
         app.include_router(module.router)
     _add_own(app)
@@ -81,7 +90,7 @@ def make_app(
         keys=keys or Keys(),
         hosts=hosts,
         max_body=max_body,
-        journal=journal or Journal(),
+        journal=app.state.journal,
     )
     if origins:
         app.add_middleware(
@@ -106,7 +115,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             if app.state.service is not None:
-                app.state.service.runs.sweep()
+                await asyncio.to_thread(app.state.service.sweep)
 
     task = asyncio.create_task(sweep())
     yield

@@ -13,8 +13,9 @@ from streamllm.loop import Chunk
 from streamllm.reply import Reply
 from streamllm.server.answer import answer, new_id
 from streamllm.server.chat_events import ChatEvents, usage_event, usage_of
-from streamllm.server.conversations import Continuation, Message
+from streamllm.server.conversations import Continuation
 from streamllm.server.events import DONE
+from streamllm.server.history import Message
 from streamllm.server.refusal import Refusal
 from streamllm.server.runs import Choice, Run
 from streamllm.server.schema import ChatRequest, SessionId
@@ -41,9 +42,9 @@ class ChatChoice(Spoken):
         self._events, self._spelling, self._is_telling = events, spelling, is_telling
         self.logprobs: list[dict[str, Any]] = []
 
-    def began(self) -> bytes:
+    def began(self) -> Iterator[bytes]:
         """The event with the role."""
-        return self._events.began()
+        yield self._events.began()
 
     def took(self, chunk: Chunk) -> bytes:
         """The event of a chunk."""
@@ -58,9 +59,9 @@ class ChatChoice(Spoken):
             more["streamllm"] = self.facts()
         return self._events.text(chunk.text, **more)
 
-    def ended(self) -> bytes:
+    def ended(self) -> Iterator[bytes]:
         """The event with the reason."""
-        return self._events.ended(self.finish_reason(), streamllm=self.facts())
+        yield self._events.ended(self.finish_reason(), streamllm=self.facts())
 
     def whole(self, index: int) -> dict[str, Any]:
         """The choice as one object."""

@@ -9,27 +9,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 from streamllm.cache import SinkCache
 from streamllm.engine import Engine
 from streamllm.errors import StreamLLMError
 from streamllm.loop import Chunk
 from streamllm.reply import TurnRecord
+from streamllm.server.history import Message
 
 
 class UnknownSessionError(StreamLLMError):
     """There is no such session."""
 
     http_status = 404
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 class _Reply:
@@ -66,6 +59,7 @@ class _Chat:
         self.engine = engine
         self.cache: SinkCache = engine._new_cache()
         self.turns, self.notes = 0, list[str]()
+        self.system: str | None = None
         self.said: list[tuple[str, str]] = []
 
     def send(self, text: str, *, recall: Any = None, **options: Any) -> Any:
@@ -124,6 +118,7 @@ class Conversations:
         self._views: dict[tuple[str, str], SessionView] = {}
         self._responses: dict[tuple[str, str], tuple[str, int]] = {}
         self._lock = threading.Lock()
+        self.notes: list[str] = []
 
     def continue_messages(self, owner: str, messages: Sequence[Message], *, copies: int = 1) -> list[Continuation]:
         """Find or begin."""
@@ -139,6 +134,14 @@ class Conversations:
             text = "\n".join(said)
             found.append(Continuation(self, self._chats[owner, view.id], view.id, "new", text))
         return found
+
+    def continue_turn(self, owner: str, session_id: str, turn: int, *, copies: int = 1) -> list[Continuation]:
+        """Behind a turn."""
+        return [self.open(owner, session_id)]
+
+    def sweep(self) -> int:
+        """Nothing."""
+        return 0
 
     def open(self, owner: str, session_id: str) -> Continuation:
         """A session by its name."""

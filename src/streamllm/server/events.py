@@ -24,19 +24,22 @@ def event(value: Any, name: str | None = None) -> bytes:
 
 
 class Frame:
-    """An event of which one text changes.
+    """An event of which some values change.
 
     Args:
-        value: the event; where a value is ``Frame.BLANK`` the text comes.
+        value: the event; where a value is ``Frame.BLANK`` something comes.
         name: of the event.
     """
 
     BLANK = "\x00"
 
     def __init__(self, value: Any, name: str | None = None) -> None:
-        blank = json.dumps(self.BLANK).encode()
-        self._head, self._tail = event(value, name).split(blank)
+        self._head, *self._parts = event(value, name).split(json.dumps(self.BLANK).encode())
 
-    def fill(self, text: str) -> bytes:
-        """The event with ``text``."""
-        return self._head + encode_basestring(text).encode("utf-8", "replace") + self._tail
+    def fill(self, *values: str | int) -> bytes:
+        """The event with these values, in the order of the blanks."""
+        filled = self._head
+        for value, part in zip(values, self._parts, strict=True):
+            text = encode_basestring(value) if isinstance(value, str) else str(value)
+            filled += text.encode("utf-8", "replace") + part
+        return filled

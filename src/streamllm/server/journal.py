@@ -32,3 +32,7 @@ class Journal:
         with self._lock, suppress(OSError, ValueError):
             file.write(line + "\n")
             file.flush()
+
+    def tell(self, text: str) -> None:
+        """Write a sentence for the operator."""
+        self.write(note=text)

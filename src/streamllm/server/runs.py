@@ -46,14 +46,14 @@ class Choice(Protocol):
     def chunks(self) -> Iterator[Chunk]:
         """The reply."""
 
-    def began(self) -> bytes:
-        """What comes before the first chunk."""
+    def began(self) -> Iterable[bytes]:
+        """The events before the first chunk."""
 
     def took(self, chunk: Chunk) -> bytes:
-        """The events of a chunk; empty where it has no text."""
+        """The event of a chunk; empty where it has no text."""
 
-    def ended(self) -> bytes:
-        """What comes after the last."""
+    def ended(self) -> Iterable[bytes]:
+        """The events after the last."""
 
     def finish(self) -> str:
         """Why it ended: "stop", "length" or "interrupted"."""
@@ -382,15 +382,17 @@ class Runs:
                     run.emit(events)
                 else:
                     metrics.time_to_first_token.observe(now - run.began)
-                    run.emit(choice.began())
+                    for first in choice.began():
+                        run.emit(first)
                     run.emit(events)
                 last = now
                 generated()
                 if run.is_cancelled:
                     break
-            end = choice.ended()
-            choice.release()  # first, for the same reason
-            run.emit(end)
+            end = list(choice.ended())
+            choice.release()  # before the last events are told, for the same reason
+            for last_events in end:
+                run.emit(last_events)
             metrics.success[choice.finish()].inc()
             metrics.e2e_latency.observe(clock() - run.began)
         finally:

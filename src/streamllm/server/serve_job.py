@@ -214,6 +214,7 @@ class ServeJob:
             max_tokens=self.max_tokens,
             endless=self.endless,
             logs_messages=self.logs_messages,
+            tell=app.state.journal.tell,
         )
 
 

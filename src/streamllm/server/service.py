@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 
@@ -16,6 +19,10 @@ from streamllm.server.refusal import Refusal
 from streamllm.server.runs import Runs, Watched
 from streamllm.server.schema import Drawn
 
+REMEMBERED = 256
+"""Responses that are kept as they were told; of older ones the text alone is known."""
+
+_log = logging.getLogger("streamllm.server")
 _DRAWS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -28,6 +35,7 @@ class Service:
         aliases: other names of it.
         sampling, stop, max_tokens: what holds where a request says nothing.
         logs_messages: whether the journal has what is said.
+        tell: told in one sentence what the operator should know.
     """
 
     engine: Watched
@@ -41,6 +49,7 @@ class Service:
     max_tokens: int | None = None
     endless: bool = False
     logs_messages: bool = False
+    tell: Callable[[str], None] = _log.warning
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -48,6 +57,7 @@ class Service:
         self.runs = Runs(self.metrics)
         self.limits = Limits(config.slots + config.waiting, config.max_per_key, config.max_stream_tokens)
         self.vocabulary = len(self.engine.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        self._responses: dict[tuple[str, str], dict[str, Any]] = {}
         self.metrics.watch(self._gauges)
 
     def check_model(self, name: str) -> None:
@@ -99,6 +109,33 @@ class Service:
         if not (self.endless if asked is None else asked):
             return "stop"
         return "ban" if getattr(self.engine.tokenizer, "chat_template", None) else "pass"
+
+    # ---- responses as they were told, of which the conversations keep the text alone
+
+    def remember(self, owner: str, id: str, response: dict[str, Any]) -> None:
+        """Keep a response for a while."""
+        self._responses[owner, id] = response
+        while len(self._responses) > REMEMBERED:
+            with suppress(KeyError, StopIteration, RuntimeError):  # another thread was here
+                del self._responses[next(iter(self._responses))]
+
+    def recollect(self, owner: str, id: str) -> dict[str, Any] | None:
+        """A response that is still kept."""
+        return self._responses.get((owner, id))
+
+    def forget(self, owner: str, id: str) -> None:
+        """Do not keep a response any more."""
+        self._responses.pop((owner, id), None)
+
+    # ---- the whole
+
+    def sweep(self) -> None:
+        """Forget replies that nobody comes back for, put idle conversations on disk, and tell what went wrong there."""
+        self.runs.sweep()
+        self.conversations.sweep()
+        notes = self.conversations.notes
+        while notes:
+            self.tell(notes.popleft())
 
     def close(self) -> None:
         """End what runs, and save everything."""

@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from streamllm.loop import Chunk
 
+LEAST = -9999.0
+"""Stands for minus infinity, which JSON has not."""
+
 
 class Spelling:
     """Tells the log probabilities of tokens.
@@ -26,12 +29,25 @@ class Spelling:
 
     def chat(self, chunk: Chunk) -> list[dict[str, Any]]:
         """As in a chat completion: one entry for the token of a chunk."""
-        found = getattr(chunk, "logprobs", None)
+        found = chunk.logprobs
         if found is None or chunk.id is None:
             return []
         top = [self._entry(id, logprob) for id, logprob in found.top[: self._most]]
         return [{**self._entry(chunk.id, found.drawn), "top_logprobs": top}]
 
+    def text_entry(self, chunk: Chunk, at: int) -> dict[str, list[Any]]:
+        """As in a completion: lists, here of one; ``at``: where the text of the chunk begins."""
+        found = chunk.logprobs
+        if found is None or chunk.id is None:
+            return {}
+        top = {self.text(id): max(logprob, LEAST) for id, logprob in found.top[: self._most]}
+        return {
+            "tokens": [self.text(chunk.id)],
+            "token_logprobs": [max(found.drawn, LEAST)],
+            "top_logprobs": [top],
+            "text_offset": [at],
+        }
+
     def _entry(self, id: int, logprob: float) -> dict[str, Any]:
         text = self.text(id)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+        return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(text.encode("utf-8", "replace"))}
