@@ -22,10 +22,12 @@ class Spelling:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, most: int) -> None:
         self._tokenizer, self._most = tokenizer, most
+        self._before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._begins = len(tokenizer.decode(self._before))
 
     def text(self, id: int) -> str:
-        """A token by itself."""
-        return str(self._tokenizer.decode([id]))
+        """A token as it stands in a text: many tokenizers take the space of the first one away."""
+        return str(self._tokenizer.decode([*self._before, id]))[self._begins :]
 
     def chat(self, chunk: Chunk) -> list[dict[str, Any]]:
         """As in a chat completion: one entry for the token of a chunk."""
@@ -50,4 +52,6 @@ class Spelling:
 
     def _entry(self, id: int, logprob: float) -> dict[str, Any]:
         text = self.text(id)
-        return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(text.encode("utf-8", "replace"))}
+        # A piece of a character is no text, so its bytes are not known by it.
+        spelt = None if "\ufffd" in text else list(text.encode("utf-8", "replace"))
+        return {"token": text, "logprob": max(logprob, LEAST), "bytes": spelt}
