@@ -46,13 +46,26 @@ async def answer(
     """
     owner: str = request.state.owner
     service.limits.admit(owner, streams)
+
+    def leave(run: Run) -> None:
+        service.limits.leave(owner, streams)
+        costs = [choice.usage() for choice in run.choices]
+        if costs:
+            prompt, cached = (sum(each[i] for each in costs) for i in (0, 1))
+            request.state.cost = {
+                "prompt_tokens": prompt,
+                "cached_tokens": cached,
+                "completion_tokens": sum(each[2] for each in costs),
+            }
+
     run = service.runs.start(
         (request.state.request_id, id),
         owner,
         prepare,
         sum_up if whole is None else lambda _: (),
         is_resumable=is_resumable,
-        leave=lambda: service.limits.leave(owner, streams),
+        is_silent=whole is not None,
+        leave=leave,
     )
     if whole is None:
         return await stream(request, run)

@@ -191,6 +191,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 def _param(place: Sequence[Any]) -> str:
     """A field as OpenAI names it, such as ``messages[0].content``; pydantic's own words for unions are left out."""
+    if place[0] != "body":
+        return str(place[-1])
     name = ""
     for part in place[1:]:
         if isinstance(part, int):

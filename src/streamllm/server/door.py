@@ -152,6 +152,6 @@ class Door:
             path=getattr(route, "path_format", getattr(route, "path", None)),
             status=status,
             seconds=round(seconds, 4),
-            **state.get("tokens", {}),
+            **state.get("cost", {}),
             **(log() if log is not None else {}),
         )

@@ -8,7 +8,6 @@ again. Knows neither what the events say (``events``) nor where the chunks come 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -20,7 +19,7 @@ from streamllm.engine import Engine
 from streamllm.loop import Chunk
 from streamllm.request import Request
 from streamllm.server.bell import Bell, Sleeper
-from streamllm.server.events import dumps
+from streamllm.server.events import event
 from streamllm.server.metrics import Metrics
 from streamllm.server.refusal import Refusal, refusal_of
 
@@ -58,8 +57,11 @@ class Choice(Protocol):
     def finish(self) -> str:
         """Why it ended: "stop", "length" or "interrupted"."""
 
+    def usage(self) -> tuple[int, int, int]:
+        """Tokens of the prompt, those of them that were not read, and tokens of the reply."""
+
     def release(self) -> None:
-        """Let go of what it holds; called once, whatever has happened."""
+        """Let go of what it holds; a second time does nothing."""
 
 
 class Watched(Engine):
@@ -95,6 +97,7 @@ class Run:
     Args:
         id, owner: by which it is found.
         is_resumable: whether it goes on without a reader.
+        is_silent: whether only its end is waited for, so no events are kept.
         bell: of the loop where it is read.
 
     Attributes:
@@ -103,8 +106,8 @@ class Run:
         is_done: whether nothing more comes.
     """
 
-    def __init__(self, id: str, owner: str, *, is_resumable: bool, bell: Bell) -> None:
-        self.id, self.owner, self.is_resumable = id, owner, is_resumable
+    def __init__(self, id: str, owner: str, *, is_resumable: bool, is_silent: bool, bell: Bell) -> None:
+        self.id, self.owner, self.is_resumable, self.is_silent = id, owner, is_resumable, is_silent
         self.choices: Sequence[Choice] = ()
         self.error: Refusal | None = None
         self.is_done = self.is_cancelled = False
@@ -120,7 +123,7 @@ class Run:
 
     def emit(self, events: bytes) -> None:
         """Add an event, without its id; waits while a reader is slow."""
-        if not events:
+        if not events or self.is_silent:
             return
         with self._changed:
             while not self.is_cancelled and any(self._last - r.next >= BACKLOG for r in self._readers):
@@ -214,6 +217,8 @@ class Run:
                 if events:
                     yield events
                 elif self.is_done and reader.next > self._last:
+                    if self.error is not None:
+                        yield event(self.error.shape(), "error")
                     return
                 else:
                     await reader.sleep()
@@ -275,7 +280,8 @@ class Runs:
         sum_up: Callable[[Run], Iterable[bytes]],
         *,
         is_resumable: bool = False,
-        leave: Callable[[], None] = lambda: None,
+        is_silent: bool = False,
+        leave: Callable[[Run], None] = lambda run: None,
     ) -> Run:
         """Begin to answer a request; called in the loop.
 
@@ -284,13 +290,13 @@ class Runs:
             owner: who asked.
             prepare: makes the replies; called in the thread.
             sum_up: the events after all replies have ended.
-            is_resumable: see ``Run``.
-            leave: called at the end.
+            is_resumable, is_silent: see ``Run``.
+            leave: called when all replies have ended, before the last event.
         """
         loop = asyncio.get_running_loop()
         if self._bell is None or self._bell.loop is not loop:
             self._bell = Bell(loop)
-        run = Run(names[0], owner, is_resumable=is_resumable, bell=self._bell)
+        run = Run(names[0], owner, is_resumable=is_resumable, is_silent=is_silent, bell=self._bell)
         with self._lock:
             self._running.add(run)
             if is_resumable:
@@ -309,18 +315,20 @@ class Runs:
                 drive(run.choices[0])
                 for thread in others:
                     thread.join()
-                leave()
                 has_left = True
+                leave(run)
                 for events in sum_up(run) if run.error is None else ():
                     run.emit(events)
             except BaseException as error:
                 self._fail(run, error)
             finally:
-                if not has_left:
-                    leave()
                 with self._lock:
                     self._running.discard(run)
-                run.end()
+                try:
+                    if not has_left:
+                        leave(run)
+                finally:
+                    run.end()
 
         def drive(choice: Choice) -> None:
             _current.run = run
@@ -389,6 +397,9 @@ class Runs:
                 generated()
                 if run.is_cancelled:
                     break
+            if not last:  # broken off before its first token
+                for first in choice.began():
+                    run.emit(first)
             end = list(choice.ended())
             choice.release()  # before the last events are told, for the same reason
             for last_events in end:
@@ -404,7 +415,4 @@ class Runs:
         if refusal.status == 500:
             _log.error("a reply failed", exc_info=error)
         run.error = run.error or refusal
-        if run._last >= 1 or run.is_resumable:
-            with contextlib.suppress(Exception):
-                run.emit(b"event: error\ndata: " + dumps(refusal.shape()) + b"\n\n")
         run.cancel()

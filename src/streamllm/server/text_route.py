@@ -87,6 +87,10 @@ class TextChoice:
         """The same in OpenAI's words."""
         return "stop" if self.finish() == "stop" else "length"
 
+    def usage(self) -> tuple[int, int, int]:
+        """Tokens of the prompt, those of them that were not read, and of the text."""
+        return self.read, 0, self.generated
+
     def release(self) -> None:
         """End the stream."""
         if self._stream.state != "done":
