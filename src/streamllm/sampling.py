@@ -85,6 +85,10 @@ class Sampler:
         """Remember ``token`` instead of the id that was drawn last."""
         self.recent[-1] = self.drawn[-1] = token
 
+    def begin_anew(self) -> None:
+        """Begin the random numbers of the seed anew."""
+        self._generator.manual_seed(self.seed)
+
     def state(self) -> dict[str, Any]:
         """Return all that is needed to go on with the same draws, ready for JSON."""
         return {
