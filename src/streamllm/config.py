@@ -40,6 +40,13 @@ ANSWER_TOKENS = 256
 """Tokens of one answer of a pipe at most, because a pipe must go on."""
 
 
+RESIDENT_SHARE = 4
+"""Conversations that a server keeps in memory take one of so many parts of what is free, with all their snapshots."""
+
+MOST_RESIDENT = 128
+"""Conversations that a server keeps in memory at most; each holds four files open."""
+
+
 class _Shown:
     """A repr that shows only what differs from the defaults."""
 
