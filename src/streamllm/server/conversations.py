@@ -24,6 +24,7 @@ from streamllm.server.recognition import Place, beginning, digests
 from streamllm.server.registry import Registry
 from streamllm.server.rooms import Rooms
 from streamllm.server.shelf import Shelf, entitle
+from streamllm.server.views import window_of
 from streamllm.session import Recall
 
 Turns = Sequence[tuple[str, str]]
@@ -222,10 +223,10 @@ class Conversations(Registry):
         try:
             with shelf.reading(place.session) as transcript:
                 is_there = shelf.is_there(transcript, place, said)
+            return self._rooms.fork(shelf, place.session, place.turn) if is_there else None
         except (StateError, UnknownSessionError) as error:
             self.notes.append(f"Session {place.session!r} could not be copied: {error}")
             return None
-        return self._rooms.fork(shelf, place.session, place.turn) if is_there else None
 
     def _begin(self, shelf: Shelf, history: History, copies: int) -> list[Found]:
         """A new session for a history that nobody knows."""
@@ -282,6 +283,13 @@ class Conversations(Registry):
             except StateError as error:
                 self.notes.append(f"Session {name!r} is not recognised by its last turn: {error}")
 
+        def released() -> None:
+            if how == "new" and not chat.turns:  # nothing came of it
+                self._rooms.abandon(shelf, berth)
+            else:
+                self._rooms.let_go(shelf, berth)
+
+        berth.window = window_of(chat)
         cached = chat.transcript.tokens() - read if chat.template.is_incremental else 0
         return Continuation(
             chat,
@@ -291,5 +299,5 @@ class Conversations(Registry):
             cached_tokens=max(0, cached),
             read_tokens=read,
             done=done,
-            released=lambda: self._rooms.let_go(shelf, berth),
+            released=released,
         )

@@ -102,16 +102,20 @@ class Opener:
 
     def _chat(self, session: Session, recall: Recall | None, **options: Any) -> Chat:
         engine = self.engine
-        chat = Chat(
-            engine.model,
-            engine.tokenizer,
-            engine=engine,
-            session=session,
-            recall=recall or self.recall,
-            snapshots=self.snapshots,
-            template_options=self.template_options,
-            **options,
-        )
+        try:
+            chat = Chat(
+                engine.model,
+                engine.tokenizer,
+                engine=engine,
+                session=session,
+                recall=recall or self.recall,
+                snapshots=self.snapshots,
+                template_options=self.template_options,
+                **options,
+            )
+        except BaseException:
+            session.close()
+            raise
         if chat.cache.capacity > engine.columns:
             head, room = len(chat.template.head), engine.columns - chat.cache.capacity + len(chat.template.head)
             chat.close()

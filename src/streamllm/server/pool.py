@@ -34,6 +34,7 @@ class Berth:
         is_ending: what they wanted is done, and they will let go in a moment.
         is_seated: it has, or is about to have, a chat in memory.
         used: when it was let go, by the monotonic clock.
+        window: how its window was filled when that could be looked at last.
     """
 
     key: Key
@@ -42,6 +43,7 @@ class Berth:
     is_ending: bool = False
     is_seated: bool = False
     used: float = field(default_factory=time.monotonic)
+    window: dict[str, int] | None = None
 
 
 class Pool:
@@ -74,6 +76,18 @@ class Pool:
         with self._changed:
             berth = self._berths.get(key)
             return berth is not None and berth.chat is not None, berth is not None and berth.is_busy
+
+    def window(self, key: Key) -> dict[str, int] | None:
+        """How the window of a chat in memory is filled; of a reply that goes on, as its last token told."""
+        with self._changed:
+            berth = self._berths.get(key)
+            if berth is None or berth.chat is None or berth.window is None:
+                return None
+            window, stats = berth.window, berth.chat.stats
+            if not berth.is_busy or stats is None or stats.tokens_seen <= window["seen"]:
+                return window
+            told = {"seen": stats.tokens_seen, "cached": stats.tokens_cached, "evicted": stats.tokens_evicted}
+            return window | told
 
     def chat(self, key: Key) -> Chat | None:
         """A chat in memory, whoever has it; to be looked at under its lock only."""

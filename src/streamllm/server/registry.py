@@ -84,7 +84,7 @@ class Registry:
         shelf = self._rooms.shelf(owner)
         key = (owner, session_id)
         is_resident, is_busy = self._rooms.pool.look(key)
-        return shelf.view(session_id, is_resident=is_resident, is_busy=is_busy, window=self._rooms.window(key))
+        return shelf.view(session_id, is_resident=is_resident, is_busy=is_busy, window=self._rooms.pool.window(key))
 
     def turns(self, owner: str, session_id: str, *, after: int = 0, limit: int = 100) -> Sequence[TurnView]:
         """So many turns after one; that of a reply that goes on is among them.

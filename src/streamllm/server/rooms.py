@@ -19,7 +19,7 @@ from streamllm.engine import Engine
 from streamllm.errors import BusyError, ConfigError, StateError, StreamLLMError
 from streamllm.models import free_bytes
 from streamllm.server.opener import Opener
-from streamllm.server.pool import PATIENCE, Berth, Key, Pool
+from streamllm.server.pool import PATIENCE, Berth, Pool
 from streamllm.server.shelf import Shelf
 from streamllm.server.views import window_of
 from streamllm.session import Chat
@@ -27,10 +27,6 @@ from streamllm.sessions import check_name
 
 NOTES = 64
 """Notes that wait for somebody to read them; the oldest go."""
-
-
-GLANCE = 0.1
-"""Seconds to wait for a look at the window of a chat that is in use."""
 
 
 class Rooms:
@@ -126,21 +122,12 @@ class Rooms:
         """Release a session that was used."""
         try:
             if berth.chat is not None:
-                shelf.index.touch(berth.key[1], turns=berth.chat.turns, window=window_of(berth.chat))
+                berth.window = window_of(berth.chat)
+                shelf.index.touch(berth.key[1], turns=berth.chat.turns, window=berth.window)
         except StreamLLMError as error:
             self.notes.append(f"Session {berth.key[1]!r}: {error}")
         finally:
             self.pool.release(berth)
-
-    def window(self, key: Key) -> dict[str, int] | None:
-        """How the window of a session is filled, if it is in memory and can be looked at in a moment."""
-        chat = self.pool.chat(key)
-        if chat is None or not chat.lock.acquire(timeout=GLANCE):
-            return None
-        try:
-            return window_of(chat)
-        finally:
-            chat.lock.release()
 
     # ---- new ones
 
