@@ -47,6 +47,13 @@ LARGEST_SHIFT = 10**9
 """A penalty or a bias moves a logit by no more than this, so that no sum of them overflows float32."""
 
 
+RESIDENT_SHARE = 4
+"""Conversations that a server keeps in memory take one of so many parts of what is free, with all their snapshots."""
+
+MOST_RESIDENT = 128
+"""Conversations that a server keeps in memory at most; each holds four files open."""
+
+
 class _Shown:
     """A repr that shows only what differs from the defaults."""
 

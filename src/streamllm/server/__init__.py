@@ -1,1 +1,1 @@
-"""The server: the engine behind OpenAI's HTTP interface, with conversations that never end."""
+"""The server: an OpenAI-compatible interface to conversations that never end, on bounded memory."""

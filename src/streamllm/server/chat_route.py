@@ -13,7 +13,7 @@ from streamllm.loop import Chunk
 from streamllm.reply import Reply
 from streamllm.server.answer import answer, new_id
 from streamllm.server.chat_events import ChatEvents, usage_event, usage_of
-from streamllm.server.conversations import Continuation
+from streamllm.server.continuation import Continuation
 from streamllm.server.events import DONE
 from streamllm.server.history import Message
 from streamllm.server.refusal import Refusal

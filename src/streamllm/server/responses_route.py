@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from streamllm.loop import Chunk
 from streamllm.server.answer import answer, new_id
-from streamllm.server.conversations import Continuation
+from streamllm.server.continuation import Continuation
 from streamllm.server.history import Message
 from streamllm.server.refusal import Refusal
 from streamllm.server.response_events import ResponseEvents, base_of, usage_of

@@ -10,7 +10,7 @@ from typing import Any
 
 from streamllm.loop import Chunk
 from streamllm.reply import Reply, TurnRecord
-from streamllm.server.conversations import Continuation
+from streamllm.server.continuation import Continuation
 from streamllm.server.metrics import Metrics
 
 
