@@ -69,6 +69,9 @@ def serve(
     waiting: Annotated[
         int, _for_serve("--waiting", help="Requests that may wait beyond them; more are refused (429).")
     ] = ServeConfig.waiting,
+    max_system: Annotated[
+        int | None, _for_serve("--max-system", help="Tokens of instructions that each slot has room for.")
+    ] = ServeConfig.max_system,
     resident: Annotated[
         int | None, _for_serve("--resident", help="Conversations in memory at most; the others are on disk.")
     ] = ServeConfig.resident,
@@ -151,6 +154,7 @@ def serve(
             port=port,
             slots=slots,
             waiting=waiting,
+            max_system=max_system,
             resident=resident,
             max_stream_tokens=max_stream_tokens,
             max_per_key=max_per_key,

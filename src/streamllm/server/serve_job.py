@@ -175,6 +175,7 @@ class ServeJob:
             StreamLLMError: it cannot be loaded.
         """
         from streamllm import models
+        from streamllm.cache import SinkCache
         from streamllm.server.conversations import Conversations
         from streamllm.server.runs import Watched
         from streamllm.server.service import Service
@@ -182,12 +183,14 @@ class ServeJob:
         folder = models.locate(self.model)
         model, tokenizer = models.load(folder, device=self.device, dtype=self.dtype, quantize=self.quantize)
         state = self.state or platformdirs.user_state_path("streamllm") / "server"
+        probe = SinkCache(model, self.cache.sinks, self.cache.window, self.cache.block, 1, None, self.cache.kv_dtype)
         engine = Watched(
             model,
             tokenizer,
             slots=self.serve.slots,
             waiting=self.serve.waiting,
             config=self.cache,
+            columns=self.serve.columns(probe.capacity, probe.config.sinks, probe.config.window or 0),
             compile=self.compile,
             folder=state / "swap",
         )
