@@ -37,6 +37,7 @@ class Context:
     Attributes:
         cache: what the model sees.
         residents: the turns that are in it.
+        tokens_reread: that were read once more, because there was no stream to go on with.
 
     Raises:
         ConfigError: the cache cannot be had, or the system prompt is larger than the window.
@@ -52,6 +53,7 @@ class Context:
     def __post_init__(self) -> None:
         self.cache = self._new_cache(self.template)
         self.residents = Residents()
+        self.tokens_reread = 0
 
     # ---- counters
 
@@ -98,13 +100,14 @@ class Context:
         end_id = _end_id(last, transcript)
         return self.template.following(content, end_id), self.template.closing(end_id)
 
-    def enter(self, number: int, closing: int, ahead: int = 0) -> None:
+    def enter(self, number: int, closing: int, ahead: int = 0, behind: int = 0) -> None:
         """Turn ``number`` begins with what is read next, of which ``closing`` tokens still belong to the turn before.
 
         ``ahead``: so many tokens are counted to what comes before. Of a turn that is not read as it first was, it is
         not known where its parts lie in the window; then all of it counts as there until all of it has left.
+        ``behind``: so many tokens of earlier turns are read first.
         """
-        unread = len(self.cache.unread)
+        unread = len(self.cache.unread) + behind
         self.residents.begin(number, self.cache.tokens_seen + unread + ahead)
         self.cache.mark(unread + closing)
 
@@ -147,6 +150,7 @@ class Context:
             self.enter(piece.number, piece.closing, len(piece.ids))
             read(self.model, self.tokenizer, self.cache, piece.ids)
             self.sampler.observe(piece.ids)
+            self.tokens_reread += len(piece.ids)
         self.residents.before = transcript.tokens() - sum(len(piece.ids) for piece in pieces)
 
     def whole(self, transcript: Transcript, content: str, before: int) -> tuple[list[int], int]:
@@ -213,6 +217,7 @@ class Context:
             last = row
 
     def _replay(self, row: TurnRow, prompt: list[int] | None, ids: list[int]) -> None:
+        self.tokens_reread += len(prompt or ()) + len(ids)
         replay(self.model, self.tokenizer, self.cache, self.sampler, prompt, ids, is_ended=row.finish == "end")
 
     def _new_cache(self, template: ChatTemplate) -> SinkCache:

@@ -143,11 +143,12 @@ class Engine:
         on_end: OnEnd = "stop",
         cache: SinkCache | None = None,
         decoder: Decoder | None = None,
+        logprobs: int | None = None,
     ) -> Request:
         """Queue a stream; returns at once.
 
         Args:
-            prompt, max_tokens, sampling, stop, on_end, cache, decoder: as of ``stream``; the prompt is whole.
+            prompt, max_tokens, sampling, stop, on_end, cache, decoder, logprobs: as of ``stream``; the prompt is whole.
             stop_when: looks at each chunk and ends the stream by saying ``True``.
 
         Raises:
@@ -178,22 +179,31 @@ class Engine:
             stop=stop,
             on_end=on_end,
             decoder=decoder,
+            logprobs=logprobs,
         )
+        with self._changed:
+            if any(request.turn.cache is turn.cache for request in self._places.all()):
+                raise BusyError("This cache belongs to a stream of the engine that is not done: wait for its end.")
+            self.look_for_room()
+            self._submitted += 1
+            request = Request(self._submitted, turn, stop_when, self._wake, self._thread)
+            self._places.add(request)
+        return request
+
+    def look_for_room(self) -> None:
+        """See whether a stream could be queued now.
+
+        Raises:
+            BusyError: too many streams wait, or the engine is closing.
+        """
         with self._changed:
             if self._is_closing or self._is_draining:
                 raise BusyError("The engine is closing and takes no more streams.")
-            here = self._places.all()
-            if any(request.turn.cache is turn.cache for request in here):
-                raise BusyError("This cache belongs to a stream of the engine that is not done: wait for its end.")
-            if len(here) >= self._most:
+            if len(self._places.all()) >= self._most:
                 raise BusyError(
                     f"{self._most} streams are here already, {self._places.count} of them in slots: wait until one is "
                     "done, or make the engine with more slots or a longer queue."
                 )
-            self._submitted += 1
-            request = Request(self._submitted, turn, stop_when, self._wake)
-            self._places.add(request)
-        return request
 
     def stats(self) -> EngineStats:
         """What the engine is doing now."""
@@ -367,7 +377,7 @@ class Engine:
         logits = turn.first_logits()
         request.state = "decoding"
         self._places.settle(request)
-        self._show([request], [turn.sampler(logits)])
+        self._show([request], [turn.sampler(logits)], [logits])
 
     def _step(self) -> bool:
         """One token for every stream that generates; whether there was one."""
@@ -377,8 +387,8 @@ class Engine:
         began = time.perf_counter()
         rows = self._forward(ready)
         alive = [(r, row) for r, row in zip(ready, rows, strict=True) if isinstance(row, Tensor)]
-        drawn = self._draw([r for r, _ in alive], [row for _, row in alive])
-        self._show([r for r, _ in alive], drawn)
+        requests, logits = [r for r, _ in alive], [row for _, row in alive]
+        self._show(requests, self._draw(requests, logits), logits)
         self._step_s = _lately(self._step_s, time.perf_counter() - began)
         return True
 
@@ -418,14 +428,14 @@ class Engine:
         except Exception:  # no memory for all of them at once
             return [_one(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
 
-    def _show(self, requests: list[Request], drawn: Sequence[int | Exception]) -> None:
-        """Hand each stream its token."""
-        for request, token in zip(requests, drawn, strict=True):
+    def _show(self, requests: list[Request], drawn: Sequence[int | Exception], rows: list[Tensor]) -> None:
+        """Hand each stream the token that was drawn from its row of logits."""
+        for request, token, row in zip(requests, drawn, rows, strict=True):
             if isinstance(token, Exception):
                 self._finish(request, token)
                 continue
             try:
-                chunk = request.turn.take(token)
+                chunk = request.turn.take(token, row)
                 self._generated += 1
                 request.tokens_in_slot += 1
                 is_enough = request.stop_when is not None and request.stop_when(chunk)
