@@ -473,7 +473,9 @@ DRAW = """([text, cuts]) => {
 
 PROSE = {
     "one\ntwo\n\nthree": "<p>one\ntwo</p><p>three</p>",
-    "**b** *i* _j_ `c` snake_case_name 2 * 3 * 4": "<p><strong>b</strong> <em>i</em> <em>j</em> <code>c</code> snake_case_name 2 * 3 * 4</p>",
+    "**b** *i* _j_ `c`": "<p><strong>b</strong> <em>i</em> <em>j</em> <code>c</code></p>",
+    "snake_case_name 2 * 3 * 4": "<p>snake_case_name 2 * 3 * 4</p>",
+    " a blank before": "<p>a blank before</p>",
     "**bold with *italics* in it**": "<p><strong>bold with <em>italics</em> in it</strong></p>",
     "a **mark that never ends": "<p>a **mark that never ends</p>",
     "# One\n### Three\ntext": "<h3>One</h3><h5>Three</h5><p>text</p>",
@@ -484,7 +486,8 @@ PROSE = {
     "```py\nif a < b:\n\n    c()\n```\nd": "<pre><code>if a &lt; b:\n\n    c()</code></pre><p>d</p>",
     "```\nnever closed": "<pre><code>never closed</code></pre>",
     "a\n\n---\n\nb": "<p>a</p><hr><p>b</p>",
-    "see https://a.org/b_c_d. Or [c](http://c.org/)": '<p>see <a href="https://a.org/b_c_d">https://a.org/b_c_d</a>. Or <a href="http://c.org/">c</a></p>',
+    "see https://a.org/b_c_d.": '<p>see <a href="https://a.org/b_c_d">https://a.org/b_c_d</a>.</p>',
+    "[c](http://c.org/)": '<p><a href="http://c.org/">c</a></p>',
     "[x](javascript:a) [y](data:text/html,z) [z](//e.org)": "<p>[x](javascript:a) [y](data:text/html,z) [z](//e.org)</p>",
     "<b>&amp;\\*": "<p>&lt;b&gt;&amp;amp;*</p>",
     "``a`b``": "<p><code>a`b</code></p>",
@@ -506,14 +509,16 @@ def test_a_very_long_reply_costs_no_more_for_each_of_its_letters(enter: Enter) -
     """150,000 letters of each kind, a few at a time: elements stay bounded, and the time is that of one pass."""
     visitor = enter()
     found = visitor.page.evaluate(
-        """() => ["word ", "**b** ", "_", "*a ", "[", "`", "- x\\n", "1. y\\n", "line\\n\\n", "```\\ncode\\n", "> q\\n", "#"].map(piece => {
+        """pieces => pieces.map(piece => {
             const root = document.createElement("div");
             const prose = new Prose(root, 20000);
             const began = performance.now();
             for (let length = 0; length < 150000; length += piece.length) prose.push(piece);
             prose.end();
-            return [piece, root.querySelectorAll("*").length, root.textContent.length, (performance.now() - began) / 1000];
-        })"""
+            const seconds = (performance.now() - began) / 1000;
+            return [piece, root.querySelectorAll("*").length, root.textContent.length, seconds];
+        })""",
+        ["word ", "**b** ", "_", "*a ", "[", "`", "- x\n", "1. y\n", "line\n\n", "```\ncode\n", "> q\n", "#"],
     )
     for piece, elements, letters, seconds in found:
         assert elements < 8000, piece
@@ -527,7 +532,8 @@ def test_a_very_long_reply_costs_no_more_for_each_of_its_letters(enter: Enter) -
 def test_both_languages_say_everything(enter: Enter) -> None:
     """Reference: the other language's table; each word of one is there in the other, and of the same kind."""
     visitor = enter()
-    kinds = "Object.fromEntries(Object.entries(WORDS.{}).map(([name, word]) => [name, Array.isArray(word) ? word.length : typeof word]))"
+    kind = "Array.isArray(word) ? word.length : typeof word"
+    kinds = f"Object.fromEntries(Object.entries(WORDS.{{}}).map(([name, word]) => [name, {kind}]))"
     assert visitor.page.evaluate(kinds.format("en")) == visitor.page.evaluate(kinds.format("zh"))
 
 
@@ -564,7 +570,7 @@ def test_colours_follow_the_system_until_they_are_chosen(enter: Enter) -> None:
 def test_a_phone_scrolls_in_one_direction_only_and_has_a_drawer(enter: Enter) -> None:
     visitor = enter(viewport={"width": 375, "height": 700}, has_touch=True)
     page = visitor.page
-    wide = "Math.max(document.documentElement.scrollWidth, ...[...document.querySelectorAll('body, main, #log, #turns')].map(e => e.scrollWidth))"
+    wide = "Math.max(...[...document.querySelectorAll('html, body, main, #log, #turns')].map(each => each.scrollWidth))"
     assert page.evaluate(wide) <= 375
     page.route(
         "**/v1/chat/completions",
@@ -737,7 +743,12 @@ def test_the_picture_of_the_readme_is_taken(browser: Browser, tmp_path: Path) ->
     with served(tmp_path / "state", "--seed", "5") as url:
         visitor = Visitor(browser, url, {"max_tokens": 90, "temperature": 0.7})
         visitor.say("Once upon a time there was a bear called Bruno")
-        for message in ("In the evening they went home", "The next day it rained", "Then they met a fox"):
+        for message in (
+            "In the evening they went home",
+            "The next day it rained",
+            "Then they met a fox",
+            "They danced in the garden",
+        ):
             visitor.say(message)
         visitor.say("Who was Bruno?")
         visitor.page.mouse.move(0, 0)
