@@ -488,7 +488,7 @@ PROSE = {
     "a\n\n---\n\nb": "<p>a</p><hr><p>b</p>",
     "see https://a.org/b_c_d.": '<p>see <a href="https://a.org/b_c_d">https://a.org/b_c_d</a>.</p>',
     "[c](http://c.org/)": '<p><a href="http://c.org/">c</a></p>',
-    "[x](javascript:a) [y](data:text/html,z) [z](//e.org)": "<p>[x](javascript:a) [y](data:text/html,z) [z](//e.org)</p>",
+    "[x](javascript:a) [y](data:,z) [z](//e.org)": "<p>[x](javascript:a) [y](data:,z) [z](//e.org)</p>",
     "<b>&amp;\\*": "<p>&lt;b&gt;&amp;amp;*</p>",
     "``a`b``": "<p><code>a`b</code></p>",
     "文字**粗**体": "<p>文字<strong>粗</strong>体</p>",
