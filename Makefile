@@ -14,7 +14,7 @@ RUNS ?= runs
 EMBEDDED := --size small --layers 7 --heads 2 --kv-heads 1 --vocabulary 8192 --batch-tokens 8192 --tokens 24000000 \
 	--measures 12 --save-dtype bfloat16
 
-.PHONY: demo test check slow browser bench bench-peers docs candidates embedded twins million evaluations results clean
+.PHONY: demo test check slow browser bench bench-peers docs page candidates embedded twins million evaluations results clean
 
 demo: $(READY)  ## set up, and let the embedded model tell stories beyond its trained length
 	$(BIN)/streamllm run --endless --max-tokens 1500 --seed 7 --stats "Once upon a time"
@@ -46,6 +46,9 @@ bench-peers: $(READY)  ## install what streamllm bench compares with; llama.cpp 
 
 docs: $(READY)  ## tables that are made from the tests
 	$(BIN)/python -m pytest -q tests/test_laws.py --families-table docs/families.md
+
+page: $(READY) browser  ## take the README's picture of the page anew
+	STREAMLLM_PICTURE=docs/page.png $(BIN)/python -m pytest -q tests/test_page.py -m slow -k picture
 
 $(RUNS)/plain.jsonl.xz: $(READY)
 	mkdir -p $(RUNS)

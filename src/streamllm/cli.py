@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import streamllm
-from streamllm import cli_bench, cli_chat, cli_eval, cli_pipe, cli_sessions
+from streamllm import cli_bench, cli_chat, cli_eval, cli_pipe, cli_serve, cli_sessions
 from streamllm.config import CacheConfig, SamplingConfig
 from streamllm.console import Answer, Screen
 from streamllm.corpus import Source
@@ -89,7 +89,7 @@ def top(
     except ConfigError as error:
         ctx.obj = error  # raised by the command itself, so that --help works beside a broken file
     else:
-        ctx.default_map = dict.fromkeys(("run", "chat", "pipe", "train", "bench", "doctor"), values)
+        ctx.default_map = dict.fromkeys(("run", "chat", "pipe", "serve", "train", "bench", "doctor"), values)
         ctx.default_map["eval"] = dict.fromkeys(EVALUATIONS, values)
         ctx.default_map["sessions"] = dict.fromkeys(cli_sessions.COMMANDS, values)
 
@@ -246,6 +246,7 @@ app.add_typer(cli_eval.app, name="eval")
 app.command()(cli_bench.bench)
 app.command()(cli_chat.chat)
 app.command()(cli_pipe.pipe)
+app.command()(cli_serve.serve)
 app.add_typer(cli_sessions.app, name="sessions")
 
 

@@ -9,6 +9,7 @@
     ├── UnsupportedModelError         exit 1, HTTP 422   this model's positions cannot be moved
     ├── CacheError                    exit 1, HTTP 409   the cache was asked for something it cannot do rightly
     ├── StateError                    exit 1, HTTP 422   a saved stream that cannot be used
+    ├── UnknownSessionError           exit 1, HTTP 404   no such session
     ├── InputError                    exit 1, HTTP 400   a prompt that cannot be read
     └── BusyError                     exit 1, HTTP 429   more streams than can be served
 
@@ -61,6 +62,12 @@ class StateError(StreamLLMError):
     """A saved stream is truncated, foreign, or belongs to another model."""
 
     http_status = 422
+
+
+class UnknownSessionError(StreamLLMError):
+    """No session has this name."""
+
+    http_status = 404
 
 
 class InputError(StreamLLMError):

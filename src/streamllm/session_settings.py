@@ -83,6 +83,14 @@ def _fingerprint(value: Any) -> None:
     _need(all(isinstance(each, str) for each in value.values()), "its values must be text", value)
 
 
+def _named(value: Any) -> None:
+    _need(isinstance(value, bool), "it must be true or false", value)
+
+
+def _recall(value: Any) -> None:
+    _need(value in ("auto", "off"), "it must be auto or off", value)
+
+
 def _bounded(value: Any) -> None:
     """Refuse what is no object, or has a number in it that would overflow."""
     _object(value)
@@ -111,8 +119,11 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "fingerprint": _fingerprint,
     "foreign": _count,
     "model": _text,
+    "named": _named,
+    "recall": _recall,
     "sampling": _sampling,
     "spelling": _spelling,
     "system": _text,
     "template": _template,
+    "title": _text,
 }
