@@ -120,9 +120,7 @@ def test_a_text_is_kept_as_far_as_it_came_when_the_client_hangs_up(served: Serve
 # ---- limits
 
 
-def test_beyond_the_queue_requests_are_refused_with_a_time_to_come_back(
-    served: Served, client: httpx2.Client
-) -> None:
+def test_beyond_the_queue_requests_are_refused_with_a_time_to_come_back(served: Served, client: httpx2.Client) -> None:
     threads = [
         threading.Thread(target=lambda: httpx2.post(served.url + CHAT, json=asked(max_tokens=400), timeout=60))
         for _ in range(4)
@@ -210,7 +208,9 @@ def test_events_that_fell_out_of_the_buffer_are_gone(
     name = done.headers["x-request-id"]
     assert client.get(f"/v1/streams/{name}?after=1").status_code == 410
     last = events(done)[-1][0]
-    assert [n for n, _ in events_of(client.get(f"/v1/streams/{name}?after={last - 5}"))] == list(range(last - 4, last + 1))
+    assert [n for n, _ in events_of(client.get(f"/v1/streams/{name}?after={last - 5}"))] == list(
+        range(last - 4, last + 1)
+    )
 
 
 def test_a_reply_that_is_not_resumable_is_not_found(client: httpx2.Client) -> None:
