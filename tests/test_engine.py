@@ -241,7 +241,7 @@ def test_a_stream_that_stood_still_goes_on_when_half_of_what_waits_is_taken() ->
     """Reference: by hand; else a slow reader would cost a change of slots for each token."""
     woken: list[int] = []
     chunk: Any = "a chunk"
-    request = Request(1, None, None, lambda: woken.append(left))  # type: ignore[arg-type]
+    request = Request(1, None, None, lambda: woken.append(left), threading.current_thread())  # type: ignore[arg-type]
     for _ in range(2):
         for number in range(BUFFER):
             assert request.is_full == (number == BUFFER)

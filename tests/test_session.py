@@ -767,7 +767,7 @@ def test_turns_said_with_another_tokenizer_are_spelt_anew_however_often() -> Non
         assert any("another tokenizer" in note for note in chat.notes)
         for _ in range(2):
             with watched(chat.model) as read:
-                chat._rebuild()
+                chat._keeper.rebuild()
             for user, reply in texts[1:2]:
                 assert user in tokenizer.decode(read)
                 assert reply.strip() in tokenizer.decode(read)
@@ -825,7 +825,7 @@ def test_after_reading_anew_nothing_is_taken_for_gone_that_is_there() -> None:
         talk(chat, 8)
         for _ in range(6):
             del read[:]
-            chat._rebuild()
+            chat._keeper.rebuild()
             seen = list(read)
             talk(chat, 3)
             held = chat.cache.tokens_cached - chat.cache.rows[0].pinned

@@ -100,13 +100,14 @@ class Context:
         end_id = _end_id(last, transcript)
         return self.template.following(content, end_id), self.template.closing(end_id)
 
-    def enter(self, number: int, closing: int, ahead: int = 0) -> None:
+    def enter(self, number: int, closing: int, ahead: int = 0, behind: int = 0) -> None:
         """Turn ``number`` begins with what is read next, of which ``closing`` tokens still belong to the turn before.
 
         ``ahead``: so many tokens are counted to what comes before. Of a turn that is not read as it first was, it is
         not known where its parts lie in the window; then all of it counts as there until all of it has left.
+        ``behind``: so many tokens of earlier turns are read first.
         """
-        unread = len(self.cache.unread)
+        unread = len(self.cache.unread) + behind
         self.residents.begin(number, self.cache.tokens_seen + unread + ahead)
         self.cache.mark(unread + closing)
 

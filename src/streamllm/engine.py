@@ -180,20 +180,28 @@ class Engine:
             decoder=decoder,
         )
         with self._changed:
+            if any(request.turn.cache is turn.cache for request in self._places.all()):
+                raise BusyError("This cache belongs to a stream of the engine that is not done: wait for its end.")
+            self.look_for_room()
+            self._submitted += 1
+            request = Request(self._submitted, turn, stop_when, self._wake, self._thread)
+            self._places.add(request)
+        return request
+
+    def look_for_room(self) -> None:
+        """See whether a stream could be queued now.
+
+        Raises:
+            BusyError: too many streams wait, or the engine is closing.
+        """
+        with self._changed:
             if self._is_closing or self._is_draining:
                 raise BusyError("The engine is closing and takes no more streams.")
-            here = self._places.all()
-            if any(request.turn.cache is turn.cache for request in here):
-                raise BusyError("This cache belongs to a stream of the engine that is not done: wait for its end.")
-            if len(here) >= self._most:
+            if len(self._places.all()) >= self._most:
                 raise BusyError(
                     f"{self._most} streams are here already, {self._places.count} of them in slots: wait until one is "
                     "done, or make the engine with more slots or a longer queue."
                 )
-            self._submitted += 1
-            request = Request(self._submitted, turn, stop_when, self._wake)
-            self._places.add(request)
-        return request
 
     def stats(self) -> EngineStats:
         """What the engine is doing now."""

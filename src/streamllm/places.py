@@ -126,18 +126,21 @@ class Places:
 
     def move(self, request: Request, group: Any, state: State) -> None:
         """Let a stream go from wherever it is to ``queue`` or ``apart``; if that fails, it fails."""
-        if self._has_slot(request):
-            self._make_room()
-            try:
+        try:
+            if self._has_slot(request):
+                self._make_room()
                 self._release(request)
-            except Exception as error:  # no memory
-                self._fail(request, error)
-                return
+            elif request.is_held:
+                self._fetch(request)
+        except Exception as error:  # no memory, or its file cannot be read
+            self._fail(request, error)
+            return
         with self._changed:
             self._remove(request)
             group.append(request)
             request.state = state
             self._changed.notify_all()
+        request.moved()  # not with the lock held, as its own is taken first elsewhere
 
     def rotate(self, request: Request) -> None:
         """Make an active stream the last of them."""
@@ -206,7 +209,7 @@ class Places:
         for request in [*reversed(self.apart), *reversed(self.queue)]:
             if self._folder is None or self.in_memory() < self._most_apart:
                 break
-            if not self._needs_room(request):
+            if not self._needs_room(request) and not request.is_held:
                 self._put_on_disk(request, self._folder)
         return self.in_memory() < self._most_apart
 

@@ -76,7 +76,7 @@ class Listener(Protocol):
     def took(self, reply: Reply, chunk: Chunk) -> Chunk:
         """A chunk has come; it is handed on as it is returned."""
 
-    def ended(self, reply: Reply, finish: str, end_id: int | None) -> None:
+    def ended(self, reply: Reply) -> None:
         """No more will come."""
 
     def measure(self, reply: Reply) -> TurnRecord:
@@ -110,6 +110,8 @@ class Reply(Iterator[Chunk]):
         self.oldest, self.evicted = oldest, evicted  # oldest turn in the window and tokens evicted, when it began
         self.finish: str | None = None
         self.generated = 0
+        self.cancel: Callable[[], None] | None = None  # of what generates it beside others
+        self._is_stopped = False
         self._listener, self._begin = listener, begin
         self._chunks: Iterator[Chunk] | None = None
         self._began = time.perf_counter()
@@ -123,11 +125,13 @@ class Reply(Iterator[Chunk]):
             return self._next()
 
     def _next(self) -> Chunk:
+        if self._is_stopped:
+            self.close()
         if self.finish is not None:
             raise StopIteration
-        if self._chunks is None:
-            self._chunks = self._begin()
         try:
+            if self._chunks is None:
+                self._chunks = self._begin()
             chunk = next(self._chunks)
             if chunk.id is not None:
                 self.generated += 1
@@ -136,7 +140,7 @@ class Reply(Iterator[Chunk]):
             self.close()
             raise
         if chunk.finish:
-            self._end(chunk.finish, chunk.id if chunk.finish == "end" else None)
+            self._end(chunk.finish)
         return chunk
 
     @property
@@ -154,16 +158,22 @@ class Reply(Iterator[Chunk]):
         """The rest of the reply."""
         return "".join(chunk.text for chunk in self)
 
+    def stop(self) -> None:
+        """Break the reply off from another thread, without waiting: whoever iterates over it comes to its end."""
+        self._is_stopped = True
+        if self.cancel is not None:
+            self.cancel()
+
     def close(self) -> None:
         """Break the reply off; it stays as far as it has come. Does nothing if it has ended."""
         with self._listener.lock:
             if self.finish is None:
-                self._end("interrupted", None)
+                self._end("interrupted")
 
-    def _end(self, finish: str, end_id: int | None) -> None:
+    def _end(self, finish: str) -> None:
         self.finish = finish
         chunks: Any = self._chunks  # a generator
         if chunks is not None:
             chunks.close()
-        self._listener.ended(self, finish, end_id)
+        self._listener.ended(self)
         self._record = self._listener.measure(self)

@@ -29,20 +29,29 @@ class Request:
         id: counts from 1 in each engine.
         state: "waiting" for a slot, "reading" its prompt, "decoding", "suspended", or "done".
         error: why it ended, if it failed; raised from the iterator too, after the last chunk.
+        is_held: its cache is looked at, so it stays in memory.
         is_full: so much waits for the reader that the stream stands still. It goes on when half of that is taken: to
             give a slot back for each token would cost more than the token.
     """
 
-    def __init__(self, number: int, turn: Turn, stop_when: Callable[[Chunk], bool] | None, wake: Callable[[], None]):
+    def __init__(
+        self,
+        number: int,
+        turn: Turn,
+        stop_when: Callable[[Chunk], bool] | None,
+        wake: Callable[[], None],
+        worker: threading.Thread,
+    ) -> None:
         self.id = number
         self.state: State = "waiting"
         self.error: BaseException | None = None
         self.turn = turn
         self.stop_when = stop_when
         self.is_cancelled = self.is_suspended = False
-        self.is_begun = self.is_full = False
+        self.is_begun = self.is_full = self.is_held = False
         self.tokens_in_slot = 0  # since it got its slot
         self._wake = wake
+        self._worker = worker
         self._changed = threading.Condition()
         self._chunks: deque[Chunk] = deque()
         self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
@@ -107,6 +116,37 @@ class Request:
         self.is_cancelled = True
         self._wake()
 
+    def close(self) -> None:
+        """``cancel``, and wait until that is done. What came before and was not taken can still be taken."""
+        self.cancel()
+        if threading.current_thread() is self._worker:  # which collects garbage just now, and must not wait for itself
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self.state == "done")
+
+    def ready(self) -> list[Chunk]:
+        """Take what has come, without waiting; raises nothing, whatever the stream ended by."""
+        with self._changed:
+            chunks = list(self._chunks)
+            self._chunks.clear()
+            if self.is_full:
+                self.is_full = False
+                self._wake()
+            return chunks
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Let the stream stand still meanwhile, its cache in memory: it may be looked at, unless the stream is done."""
+        self.is_held = True
+        self.suspend()
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self.state in ("suspended", "done"))
+            yield
+        finally:
+            self.is_held = False
+            self.resume()
+
     def suspend(self) -> None:
         """Give the slot up before the next token, until ``resume``."""
         self.is_suspended = True
@@ -125,6 +165,11 @@ class Request:
             self._chunks.append(chunk)
             self.is_full |= len(self._chunks) >= BUFFER
             self._tell()
+
+    def moved(self) -> None:
+        """Its state has changed."""
+        with self._changed:
+            self._changed.notify_all()
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more comes."""

@@ -65,6 +65,10 @@ class Sampler:
         """Record tokens that were read, so that the repetition penalty sees the prompt too."""
         self.recent.extend(ids)
 
+    def begin_anew(self) -> None:
+        """Begin the random numbers of the seed anew."""
+        self._generator.manual_seed(self.seed)
+
     def state(self) -> dict[str, Any]:
         """Return all that is needed to go on with the same draws, ready for JSON."""
         return {

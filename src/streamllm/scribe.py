@@ -6,6 +6,8 @@ read and drawn must be in the transcript, so what the stream has beyond it is wr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from streamllm.context import Context
 from streamllm.detokenize import PRIME_TAIL, Decoder
 from streamllm.loop import Chunk
@@ -55,13 +57,24 @@ class Scribe:
             StateError: it cannot be written; ``settle`` will try again.
         """
         self._text, self._ids = chunk.text, [] if chunk.id is None or chunk.finish == "end" else [chunk.id]
+        if chunk.finish:
+            self._end = (chunk.finish, chunk.id if chunk.finish == "end" else None)
         self.transcript.write(self._text, self._ids)
         self._text, self._ids = "", []
 
-    def ended(self, finish: str, end_id: int | None) -> None:
+    def told(self, user: str, prompt_ids: list[int], reply: str, ids: list[int], count: Callable[[str], int]) -> None:
+        """Write a whole turn that was said elsewhere.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        self.transcript.begin(user, prompt_ids=prompt_ids, count=count)
+        self.transcript.write(reply, ids)
+        self.transcript.end("end")
+
+    def ended(self) -> None:
         """The reply has ended; ``settle`` writes that. An end token is not read: the template puts its own in."""
-        self._end = (finish, end_id)
-        if finish == "end":
+        if self._end[0] == "end":
             self.context.cache.unread = []
 
     def settle(self) -> bool:
