@@ -421,9 +421,9 @@ def test_streams_that_share_a_slot_take_turns(loaded, monkeypatch: pytest.Monkey
     with Engine(*loaded, slots=1, config=CONFIG, quantum=5) as engine:
         show = engine._show
 
-        def watch(requests: Any, drawn: Any) -> None:
+        def watch(requests: Any, *others: Any) -> None:
             order.extend(request.id for request in requests)
-            show(requests, drawn)
+            show(requests, *others)
 
         monkeypatch.setattr(engine, "_show", watch)
         for request in together(engine, 3, max_tokens=17):

@@ -24,10 +24,12 @@ from streamllm.cache import SinkCache
 from streamllm.config import SamplingConfig
 from streamllm.errors import BusyError, CacheError, ConfigError, InputError, StateError
 from streamllm.models import load
+from streamllm.sampling import Sampler
 from streamllm.session import Chat
 from streamllm.sessions import Session
 
 GREEDY = SamplingConfig(temperature=0)
+VARIED = SamplingConfig(seed=7, presence_penalty=0.6, frequency_penalty=0.8)
 SYSTEM = "You tell short stories about animals and you are always kind."
 SAID = [
     "Who lives in the red house?",
@@ -413,7 +415,8 @@ def test_a_turn_that_was_broken_off_while_it_was_read_is_read_anew() -> None:
 
 def test_a_session_goes_on_as_if_it_had_never_stopped() -> None:
     """Reference: one that never stopped; sampled, so the random numbers go on as well."""
-    options = {"system": SYSTEM, "window": 100, "sampling": SamplingConfig(seed=11)}
+    sampling = SamplingConfig(seed=11, presence_penalty=0.5, frequency_penalty=0.3, logit_bias=((31, 1.5),))
+    options = {"system": SYSTEM, "window": 100, "sampling": sampling}
     with make(**options) as other:
         want = talk(other, 8)
     found = []
@@ -534,11 +537,51 @@ def test_a_full_disk_in_the_middle_of_a_reply_loses_nothing(monkeypatch: pytest.
         assert want.endswith(rest)
 
 
+@pytest.mark.parametrize("template", [CHATML, LAST_USER])
+def test_penalties_count_what_the_reply_has_drawn_also_after_it_was_cut_off(
+    template: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the ids that a sampler counts must be those of the reply in the transcript, whatever came between."""
+    counted: list[list[int]] = []
+
+    def watch(sampler: Sampler, logits: object) -> None:
+        counted.append(list(sampler.drawn))
+        reweigh(sampler, logits)  # type: ignore[arg-type]
+
+    reweigh = Sampler._reweigh
+    monkeypatch.setattr(Sampler, "_reweigh", watch)
+
+    def check(chat: Chat, turn: int, begin: int) -> None:
+        ids = chat.transcript.reply_ids(turn)
+        assert counted[: len(ids) - begin] == [ids[:place] for place in range(begin, len(ids))]
+        counted.clear()
+
+    with make(template, session="talk", sampling=VARIED, on_end="ban", max_tokens=12) as chat:
+        for turn in (1, 2):
+            chat.send(SAID[turn]).text()
+            check(chat, turn, 0)
+        chat.resume(max_tokens=9).text()
+        check(chat, 2, 12)
+        chat.regenerate(rebuild=True).text()
+        check(chat, 2, 0)
+        chat.undo(rebuild=True)
+        chat.resume(max_tokens=5).text()
+        check(chat, 1, 12)
+        reply = chat.send(SAID[3])
+        for _ in range(4):
+            next(reply)
+    (folder / "talk" / "state.stream").unlink(missing_ok=True)
+    counted.clear()
+    with make(template, session="talk", sampling=None, on_end="ban", max_tokens=12) as chat:
+        assert chat.sampling == VARIED
+        chat.resume().text()
+        check(chat, 2, 4)
+
+
 KILLED = """
 import sys
-from test_session import GREEDY, SAID, SYSTEM, make
-from streamllm.config import SamplingConfig
-chat = make(system=SYSTEM, session="talk", window=100, max_tokens=40, sampling=SamplingConfig(seed=7))
+from test_session import SAID, SYSTEM, VARIED, make
+chat = make(system=SYSTEM, session="talk", window=100, max_tokens=40, sampling=VARIED)
 print(chat.can_resume, flush=True)
 if chat.can_resume:
     for chunk in chat.resume(max_tokens=40 - chat.transcript.last().reply_tokens):
@@ -564,7 +607,7 @@ def test_a_session_that_was_killed_twice_says_what_it_would_have_said(monkeypatc
                 break
         process.stdout.close()
         assert process.wait() == (0 if tokens is None else -signal.SIGKILL)
-    with make(system=SYSTEM, window=100, max_tokens=40, sampling=SamplingConfig(seed=7)) as other:
+    with make(system=SYSTEM, window=100, max_tokens=40, sampling=VARIED) as other:
         talk(other, 10)
         want = [(row.user, row.reply, row.finish) for row in other.history()]
         with make(session="talk") as chat:

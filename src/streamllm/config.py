@@ -6,6 +6,7 @@ Nothing here knows about a model: what a model cannot bear is checked where the 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +39,12 @@ PREFILL_CHUNK = 256
 
 ANSWER_TOKENS = 256
 """Tokens of one answer of a pipe at most, because a pipe must go on."""
+
+MOST_LOGPROBS = 20
+"""Most likely tokens whose log probabilities come with each token at most."""
+
+LARGEST_SHIFT = 10**9
+"""A penalty or a bias moves a logit by no more than this, so that no sum of them overflows float32."""
 
 
 RESIDENT_SHARE = 4
@@ -110,6 +117,12 @@ class SamplingConfig(_Shown):
         repetition_penalty: divides (or multiplies, if negative) the logits of recent tokens; 1 is off.
         repetition_window: how many of the newest tokens the penalty looks at, >= 1. It bounds the memory of the
             sampler: nothing here grows with the stream.
+        presence_penalty: taken from the logit of each token that was drawn in this reply (``Sampler.begin``); a
+            negative one is added. 0 is off.
+        frequency_penalty: the same, once for each time that the token was drawn. Both look at the newest
+            ``repetition_window`` tokens that were drawn, not at the prompt.
+        logit_bias: pairs of an id and what is added to its logit; ``-math.inf`` forbids the id. Ids beyond the
+            vocabulary do no harm. A list of pairs becomes a tuple.
         seed: same seed, same text. ``None`` draws a new seed for each stream.
 
     Raises:
@@ -123,8 +136,12 @@ class SamplingConfig(_Shown):
     repetition_penalty: float = 1.0
     repetition_window: int = 256
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", _pairs("logit_bias", self.logit_bias))
         _at_least("temperature", self.temperature, 0)
         check_count("top_k", self.top_k, 0)
         if not 0 < self.top_p <= 1:
@@ -138,6 +155,12 @@ class SamplingConfig(_Shown):
         check_count("repetition_window", self.repetition_window, 1)
         if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
             raise ConfigError(f"seed must be a whole number between 0 and 2**63 - 1, you gave {self.seed}.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not _is_shift(value := getattr(self, name)):
+                raise ConfigError(
+                    f"{name} must be a number from -{LARGEST_SHIFT:,} to {LARGEST_SHIFT:,}, you gave {value!r}; "
+                    "0 turns it off."
+                )
 
 
 def check_count(name: str, value: int, least: int) -> None:
@@ -154,3 +177,29 @@ def _at_least(name: str, value: float, least: int) -> None:
     """Check one number; ``nan`` fails too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
         raise ConfigError(f"{name} must be a number of at least {least}, you gave {value!r}.")
+
+
+def _is_shift(value: Any) -> bool:
+    """Whether a logit can be moved by it; ``nan`` cannot be."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST_SHIFT <= value <= LARGEST_SHIFT
+
+
+def _pairs(name: str, given: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs of an id and a bias, checked; as they come from JSON, too."""
+    if not isinstance(given, (tuple, list)):
+        raise ConfigError(f"{name} must be pairs of an id and a bias, you gave {given!r}.")
+    found: dict[int, float] = {}
+    for pair in given:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ConfigError(f"{name} must be pairs of an id and a bias, one of those you gave is {pair!r}.")
+        token, bias = pair
+        check_count(f"each id of {name}", token, 0)
+        if not (_is_shift(bias) or bias == -math.inf):
+            raise ConfigError(
+                f"the bias of id {token} in {name} must be a number from -{LARGEST_SHIFT:,} to {LARGEST_SHIFT:,}, or "
+                f"-math.inf to forbid the id, you gave {bias!r}."
+            )
+        if token in found:
+            raise ConfigError(f"{name} names id {token} twice, with {found[token]} and {bias}: give each id once.")
+        found[token] = float(bias)
+    return tuple(found.items())

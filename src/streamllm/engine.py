@@ -143,11 +143,12 @@ class Engine:
         on_end: OnEnd = "stop",
         cache: SinkCache | None = None,
         decoder: Decoder | None = None,
+        logprobs: int | None = None,
     ) -> Request:
         """Queue a stream; returns at once.
 
         Args:
-            prompt, max_tokens, sampling, stop, on_end, cache, decoder: as of ``stream``; the prompt is whole.
+            prompt, max_tokens, sampling, stop, on_end, cache, decoder, logprobs: as of ``stream``; the prompt is whole.
             stop_when: looks at each chunk and ends the stream by saying ``True``.
 
         Raises:
@@ -178,6 +179,7 @@ class Engine:
             stop=stop,
             on_end=on_end,
             decoder=decoder,
+            logprobs=logprobs,
         )
         with self._changed:
             if any(request.turn.cache is turn.cache for request in self._places.all()):
@@ -375,7 +377,7 @@ class Engine:
         logits = turn.first_logits()
         request.state = "decoding"
         self._places.settle(request)
-        self._show([request], [turn.sampler(logits)])
+        self._show([request], [turn.sampler(logits)], [logits])
 
     def _step(self) -> bool:
         """One token for every stream that generates; whether there was one."""
@@ -385,8 +387,8 @@ class Engine:
         began = time.perf_counter()
         rows = self._forward(ready)
         alive = [(r, row) for r, row in zip(ready, rows, strict=True) if isinstance(row, Tensor)]
-        drawn = self._draw([r for r, _ in alive], [row for _, row in alive])
-        self._show([r for r, _ in alive], drawn)
+        requests, logits = [r for r, _ in alive], [row for _, row in alive]
+        self._show(requests, self._draw(requests, logits), logits)
         self._step_s = _lately(self._step_s, time.perf_counter() - began)
         return True
 
@@ -426,14 +428,14 @@ class Engine:
         except Exception:  # no memory for all of them at once
             return [_one(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
 
-    def _show(self, requests: list[Request], drawn: Sequence[int | Exception]) -> None:
-        """Hand each stream its token."""
-        for request, token in zip(requests, drawn, strict=True):
+    def _show(self, requests: list[Request], drawn: Sequence[int | Exception], rows: list[Tensor]) -> None:
+        """Hand each stream the token that was drawn from its row of logits."""
+        for request, token, row in zip(requests, drawn, rows, strict=True):
             if isinstance(token, Exception):
                 self._finish(request, token)
                 continue
             try:
-                chunk = request.turn.take(token)
+                chunk = request.turn.take(token, row)
                 self._generated += 1
                 request.tokens_in_slot += 1
                 is_enough = request.stop_when is not None and request.stop_when(chunk)

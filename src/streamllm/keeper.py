@@ -7,6 +7,7 @@ transcript, and said. Knows nothing of replies.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +65,7 @@ class Keeper:
         if is_new or is_new_system:
             put("system", self.context.template.system)
             put("template", options)
-        if dataclasses.asdict(sampling) != self.transcript.get("sampling"):
+        if json.loads(json.dumps(dataclasses.asdict(sampling))) != self.transcript.get("sampling"):
             put("sampling", dataclasses.asdict(sampling))
         if not is_new:
             self._go_on(sampling, banned, spelling, is_new_system=is_new_system)

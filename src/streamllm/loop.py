@@ -24,6 +24,7 @@ from streamllm.cache import SinkCache
 from streamllm.config import ON_END, PREFILL_CHUNK, CacheConfig, OnEnd, SamplingConfig
 from streamllm.detokenize import Decoder, StopStrings
 from streamllm.errors import ConfigError, InputError, StreamLLMWarning
+from streamllm.logprobs import Logprobs, check_logprobs, measure
 from streamllm.quick_forms import QuickForms
 from streamllm.reading import read_ids
 from streamllm.sampling import Sampler
@@ -46,6 +47,8 @@ class Chunk:
         stats: counters and speeds so far.
         finish: set on the last chunk: "end" (an end token), "stop" (a stop string) or "length" (``max_tokens``).
         document_end: the token is an end token that was passed; a new document begins after it.
+        logprobs: how likely the model held ``id``, if asked for. It belongs to the id, not to ``text``, which may be
+            that of earlier tokens, or wait for later ones.
     """
 
     text: str
@@ -53,6 +56,7 @@ class Chunk:
     stats: Stats
     finish: Finish | None = None
     document_end: bool = False
+    logprobs: Logprobs | None = None
 
 
 def stream(
@@ -69,6 +73,7 @@ def stream(
     cache: SinkCache | None = None,
     on_end: OnEnd = "stop",
     decoder: Decoder | None = None,
+    logprobs: int | None = None,
     compile: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Chunk]:
@@ -82,12 +87,14 @@ def stream(
         sinks, window, block: see ``CacheConfig``; only without ``cache``.
         max_tokens: tokens to generate at most; ``None``: no limit; 0: only read the prompt (its last id, whose logits
             begin a text, stays in ``cache.unread``).
-        sampling: how to draw; a ``Sampler`` goes on with its state.
+        sampling: how to draw; a ``Sampler`` goes on with its state, and its reply too: ``begin()`` begins another.
         stop: strings that end the stream; they are not shown.
         cache: a stream to go on with (one row); ``None`` begins a new one.
         on_end: what an end token does: "stop" ends the stream, "pass" keeps it and goes on with a new document,
             "ban" never draws it.
         decoder: spells the ids, with what it knows of earlier ones; ``None``: a new one.
+        logprobs: tell with each token how likely the model held it and so many of the most likely ones (``Logprobs``),
+            0 to 20; ``None``: do not.
         compile: compile the step that reads one token, which takes up to a minute the first time and a second from
             then on; where that cannot be, a ``StreamLLMWarning`` says so and the stream goes on without.
         progress: told the tokens that the cache has seen, after each step of reading a long prompt; what it raises
@@ -120,6 +127,7 @@ def stream(
         stop=stop,
         on_end=on_end,
         decoder=decoder,
+        logprobs=logprobs,
     )
     return _run(turn, compiles=compile, progress=progress)
 
@@ -135,7 +143,7 @@ def _run(turn: Turn, *, compiles: bool, progress: Callable[[int], None] | None) 
     logits = turn.first_logits()
     slots = _one_slot(turn) if compiles else None
     while True:
-        chunk = turn.take(turn.sampler(logits))
+        chunk = turn.take(turn.sampler(logits), logits)
         yield chunk
         if chunk.finish:
             return
@@ -224,15 +232,17 @@ class Turn:
         stop: Sequence[str] = (),
         on_end: OnEnd = "stop",
         decoder: Decoder | None = None,
+        logprobs: int | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 0:
             raise ConfigError(f"max_tokens must be at least 0, you gave {max_tokens}; leave it out for no limit.")
         if on_end not in ON_END:
             raise ConfigError(f"on_end must be one of {', '.join(ON_END)}, you gave {on_end!r}.")
+        check_logprobs(logprobs)
         if len(cache.rows) != 1:
             raise ConfigError(f"A stream has one row, this cache has {len(cache.rows)}.")
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
-        self.max_tokens, self.on_end = max_tokens, on_end
+        self.max_tokens, self.on_end, self.logprobs = max_tokens, on_end, logprobs
         self.ends = end_ids(model, tokenizer)
         # What was left unread is known already to a sampler or decoder that was there when it was drawn.
         unread = cache.unread
@@ -302,9 +312,13 @@ class Turn:
         logits: Tensor = output.logits[0, -1]
         return logits
 
-    def take(self, token: int) -> Chunk:
-        """Take an id that was drawn: from here on it belongs to the stream, even if nobody comes back for more."""
+    def take(self, token: int, logits: Tensor) -> Chunk:
+        """Take an id that was drawn: from here on it belongs to the stream, even if nobody comes back for more.
+
+        ``logits``: those [V] that it was drawn from.
+        """
         self.cache.unread = [token]
+        logprobs = None if self.logprobs is None else measure(logits, token, self.logprobs)
         self.drawn += 1
         self.meter.decoded()
         is_end = token in self.ends
@@ -319,7 +333,7 @@ class Turn:
         document_end = is_end and self.on_end == "pass"
         if not stopped and (finish or document_end):
             text += self._held_back()
-        return Chunk(text, token, self.stats(), finish, document_end)
+        return Chunk(text, token, self.stats(), finish, document_end, logprobs)
 
     def stats(self) -> Stats:
         """Counters and speeds so far."""

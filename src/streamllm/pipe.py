@@ -174,6 +174,7 @@ class Pipe:
         self._said, self._before = border.said, border.before
 
     def _stream(self, ids: Sequence[int], progress: Callable[[int], None] | None) -> Iterator[Chunk]:
+        self.sampler.begin()
         return stream(
             self._model,
             self._tokenizer,

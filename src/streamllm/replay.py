@@ -43,6 +43,8 @@ def replay(
         reply: ids that were drawn. Where other ones are drawn now (another machine), these count.
         is_ended: an end token was drawn after them.
     """
+    if prompt is not None:
+        sampler.begin()
     turn = Turn(model, tokenizer, cache, prompt, sampling=sampler)
     for _ in turn.read():
         pass
@@ -52,7 +54,7 @@ def replay(
     logits = turn.first_logits()
     for place, token in enumerate(reply):
         if sampler(logits) != token:
-            sampler.recent[-1] = token
+            sampler.correct(token)
         cache.unread = [token]
         if place < len(reply) - 1 or is_ended:
             logits = turn.forward([token])

@@ -215,6 +215,7 @@ def go_on_drawing(
         return Sampler.from_state(state, device=model.device)
     sampler = Sampler(SamplingConfig(**state["config"]), device=model.device, banned=banned)
     sampler.observe(state["recent"])
+    sampler.begin(state["drawn"])
     return sampler
 
 

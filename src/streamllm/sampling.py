@@ -1,8 +1,9 @@
 """Logits to the next token: what one stream has seen and forbids, its settings, and its random numbers.
 
-The steps and their order are those of transformers' ``generate()``: penalty, ban, then temperature, top-k, top-p, min-p
-and the draw, which are the work of ``race``. Nothing here knows about models, caches or text. Shapes: ``B`` streams,
-``V`` vocabulary, ``W`` recent tokens. The memory is bounded by ``SamplingConfig.repetition_window``.
+The steps and their order are those of transformers' ``generate()``: repetition penalty, then what OpenAI adds to them
+(penalties for what the reply has drawn, and a bias by id), ban, then temperature, top-k, top-p, min-p and the draw,
+which are the work of ``race``. Nothing here knows about models, caches or text. Shapes: ``B`` streams, ``V``
+vocabulary, ``W`` recent tokens. The memory is bounded by ``SamplingConfig.repetition_window``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import base64
 import dataclasses
 import math
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ class Sampler:
         device: where the logits are; the random numbers are made there.
         banned: ids that are never drawn. Ids beyond the vocabulary do no harm.
 
+    Attributes:
+        recent: the newest tokens that were read or drawn, which the repetition penalty sees.
+        drawn: the newest tokens that were drawn since the reply began, which the other two penalties count.
+
     Raises:
         ConfigError: a number is infinite, or a banned id is negative.
     """
@@ -46,9 +51,13 @@ class Sampler:
         self.config = config
         self.banned = tuple(sorted(set(banned)))
         self.recent: deque[int] = deque(maxlen=config.repetition_window)
+        self.drawn: deque[int] = deque(maxlen=config.repetition_window)
         self.seed = secrets.randbits(63) if config.seed is None else config.seed
         self._generator = torch.Generator(device=device).manual_seed(self.seed)
         self._ban: Tensor | None = None
+        self._bias: tuple[Tensor, Tensor] | None = None
+        self._counts = bool(config.presence_penalty or config.frequency_penalty)
+        self._reweighs = bool(self.banned or config.logit_bias or self._counts or config.repetition_penalty != 1)
 
     def __call__(self, logits: Tensor) -> int:
         """Draw the next id from logits ``[V]`` and record it.
@@ -65,7 +74,18 @@ class Sampler:
         """Record tokens that were read, so that the repetition penalty sees the prompt too."""
         self.recent.extend(ids)
 
-    def begin_anew(self) -> None:
+    def begin(self, drawn: Iterable[int] = ()) -> None:
+        """A reply begins: what was drawn before counts no more for presence and frequency.
+
+        ``drawn``: what the reply has drawn already, if it goes on.
+        """
+        self.drawn = deque(drawn, self.drawn.maxlen)
+
+    def correct(self, token: int) -> None:
+        """Remember ``token`` instead of the id that was drawn last."""
+        self.recent[-1] = self.drawn[-1] = token
+
+    def reseed(self) -> None:
         """Begin the random numbers of the seed anew."""
         self._generator.manual_seed(self.seed)
 
@@ -75,6 +95,7 @@ class Sampler:
             "config": dataclasses.asdict(self.config),
             "banned": list(self.banned),
             "recent": list(self.recent),
+            "drawn": list(self.drawn),
             "seed": self.seed,
             "device": self._generator.device.type,
             "generator": base64.b64encode(self._generator.get_state().numpy().tobytes()).decode("ascii"),
@@ -88,6 +109,7 @@ class Sampler:
             return Sampler.from_state(state, device=device)
         other = Sampler(config, device=device, banned=banned)
         other.observe(self.recent)
+        other.begin(self.drawn)
         return other
 
     @classmethod
@@ -108,6 +130,7 @@ class Sampler:
             sampler = cls(SamplingConfig(**state["config"]), device=device, banned=state["banned"])
             sampler.seed = int(state["seed"])
             sampler.observe(int(token) for token in state["recent"])
+            sampler.begin(int(token) for token in state.get("drawn", ()))  # older versions kept none
             raw = bytearray(base64.b64decode(state["generator"], validate=True))
             sampler._generator.set_state(torch.frombuffer(raw, dtype=torch.uint8))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -117,13 +140,13 @@ class Sampler:
             ) from error
         return sampler
 
-    @property
-    def _reweighs(self) -> bool:
-        """Whether some logits are changed before the draw."""
-        return bool(self.banned) or self.config.repetition_penalty != 1
+    def _record(self, token: int) -> None:
+        """Remember an id that was drawn."""
+        self.recent.append(token)
+        self.drawn.append(token)
 
     def _reweigh(self, logits: Tensor) -> None:
-        """Apply the penalty and the ban to float32 logits ``[V]``, in place."""
+        """Apply penalties, bias and ban to float32 logits ``[V]``, in place."""
         size = logits.shape[-1]
         penalty = self.config.repetition_penalty
         if penalty != 1:
@@ -131,6 +154,13 @@ class Sampler:
             seen = torch.tensor(inside, dtype=torch.long, device=logits.device)  # [W]
             old = logits[seen]
             logits[seen] = torch.where(old < 0, old * penalty, old / penalty)  # an id seen twice counts once
+        if self._counts and self.drawn:
+            presence, frequency = self.config.presence_penalty, self.config.frequency_penalty
+            _shift(logits, *_columns(((t, -n * frequency - presence) for t, n in Counter(self.drawn).items()), logits))
+        if self.config.logit_bias:
+            if self._bias is None:
+                self._bias = _columns(self.config.logit_bias, logits)
+            _shift(logits, *self._bias)
         if self.banned:
             if self._ban is None:
                 inside = [token for token in self.banned if token < size]
@@ -140,9 +170,10 @@ class Sampler:
     def _why_nothing(self, peak: float) -> str:
         """Return the message for logits that cannot be drawn from."""
         if peak == -math.inf:
+            biased = f" and a bias for {len(self.config.logit_bias)}" if self.config.logit_bias else ""
             return (
-                f"No token is left to draw from: every logit is -inf after banning {len(self.banned)} ids; ban fewer "
-                "tokens, or check that the model's weights are whole."
+                f"No token is left to draw from: every logit is -inf after banning {len(self.banned)} ids{biased}; ban "
+                "fewer tokens, or check that the model's weights are whole."
             )
         return (
             f"The model's logits are not finite (the largest is {peak}), so no token can be drawn; half precision "
@@ -168,6 +199,18 @@ def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | StreamLLMErr
         if token is None:
             drawn.append(StreamLLMError(sampler._why_nothing(scores[i].max().item())))
         else:
-            sampler.recent.append(token)
+            sampler._record(token)
             drawn.append(token)
     return drawn
+
+
+def _columns(pairs: Iterable[tuple[int, float]], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids ``[W]`` that the vocabulary has, and their float32 numbers ``[W]``, where the logits are."""
+    inside = [(token, number) for token, number in pairs if token < logits.shape[-1]]
+    tokens = torch.tensor([token for token, _ in inside], dtype=torch.long, device=logits.device)
+    return tokens, torch.tensor([number for _, number in inside], dtype=torch.float32, device=logits.device)
+
+
+def _shift(logits: Tensor, tokens: Tensor, numbers: Tensor) -> None:
+    """Add a number to the logit of each token, in place; no token is there twice."""
+    logits[tokens] = logits[tokens] + numbers

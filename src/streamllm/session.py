@@ -58,7 +58,7 @@ class Manner(TypedDict, total=False):
     Args:
         max_tokens: of this reply.
         sampling: how to draw it. With a seed, its random numbers begin anew.
-        stop, on_end: as of ``stream``.
+        stop, on_end, logprobs: as of ``stream``.
         progress: told the tokens that the cache has seen, after each step of reading a long text; what it raises breaks
             the reply off. An engine does not tell.
     """
@@ -67,6 +67,7 @@ class Manner(TypedDict, total=False):
     sampling: SamplingConfig
     stop: Sequence[str]
     on_end: OnEnd
+    logprobs: int | None
     progress: Callable[[int], None] | None
 
 
@@ -590,7 +591,7 @@ class Chat:
         if (sampling := manner.get("sampling")) is not None:
             self._draw_by(sampling, on_end)
             if sampling.seed is not None:
-                self._context.sampler.begin_anew()
+                self._context.sampler.reseed()
         elif on_end != self._on_end:
             self._draw_by(self._sampling, on_end)
         most = manner.get("max_tokens")
@@ -601,11 +602,13 @@ class Chat:
             "stop": manner.get("stop", self.stop),
             "on_end": on_end,
             "decoder": decoder,
+            "logprobs": manner.get("logprobs"),
         }
         oldest, evicted = self._context.oldest, self.tokens_evicted
         self._scribe.begin()
 
         def begin() -> Iterator[Chunk]:
+            self._context.sampler.begin(self.transcript.reply_ids(number))  # there are some if the reply goes on
             if self._engine is not None:
                 request = self._engine.submit(ids, **options)
                 reply.cancel = request.cancel

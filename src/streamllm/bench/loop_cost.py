@@ -46,7 +46,7 @@ def measure_loop(
             marks.append(time.perf_counter())
             token = turn.sampler(logits[0])
             marks.append(time.perf_counter())
-            turn.take(token)
+            turn.take(token, logits[0])
             marks.append(time.perf_counter())
             logits = stepper.step(torch.tensor([[token]]))
             wait(subject.device)
