@@ -53,10 +53,12 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            "--api-key", envvar="STREAMLLM_API_KEY", help="Who may come in; several times, or with commas.",
-            metavar="KEY", show_envvar=True,
+            "--api-key",
+            envvar="STREAMLLM_API_KEY",
+            help="Who may come in; several times, or with commas.",
+            metavar="KEY",
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     allow_host: Annotated[
         list[str] | None, _for_serve("--allow-host", help="Another name of this server; several times.")
     ] = None,
@@ -147,7 +149,7 @@ def serve(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
         endless=endless,
-        recall=recall,
+        recall="off" if recall == "off" else "auto",
         template_options=options("template-option", template_option or ()) or None,
         serve=ServeConfig(
             host=host,

@@ -61,7 +61,6 @@ class Manner(TypedDict, total=False):
         stop, on_end, logprobs: as of ``stream``.
         progress: told the tokens that the cache has seen, after each step of reading a long text; what it raises breaks
             the reply off. An engine does not tell.
-        logprobs: as of ``stream``.
     """
 
     max_tokens: int | None
@@ -70,7 +69,6 @@ class Manner(TypedDict, total=False):
     on_end: OnEnd
     logprobs: int | None
     progress: Callable[[int], None] | None
-    logprobs: int | None
 
 
 class Chat:
@@ -240,11 +238,6 @@ class Chat:
     def tokens_evicted(self) -> int:
         """Tokens of the conversation that have left the window."""
         return self._context.tokens_evicted
-
-    @property
-    def tokens_reread(self) -> int:
-        """Tokens that were read once more since the conversation was opened or forked."""
-        return self._context.tokens_reread
 
     def history(self, last: int | None = None) -> Iterator[TurnRow]:
         """The turns from the transcript, in order; ``last``: only so many."""
