@@ -221,12 +221,12 @@ def test_an_unknown_history_is_streamed_through_the_window(there: Conversations)
 def test_ten_thousand_messages_are_one_conversation(tmp_path: Path) -> None:
     """Reference: by hand, and the memory of the process, which a history of ten times the length does not change."""
     model, tokenizer = talker()
-    config = CacheConfig(window=512, block=256)
-    with Engine(model, tokenizer, slots=2, config=config) as engine, begin(engine, tmp_path) as there:
+    config = CacheConfig(window=250, block=200)
+    with Engine(model, tokenizer, slots=2, config=config, columns=500) as engine, begin(engine, tmp_path) as there:
         peaks = []
         for turns in (500, 5_000):
             client = Client(there)
-            client.texts = [text for number in range(turns) for text in (f"Say {number}.", f"It is {number}.")]
+            client.texts = [text for number in range(turns) for text in (f"{turns}: {number}.", f"It is {number}.")]
             client.say(f"And now, after {turns}?")
             assert client.how[0] == "streamed"
             client.say("And then?")

@@ -16,7 +16,7 @@ from streamllm.request import Request
 class Submitter(Protocol):
     """Generates streams side by side: an ``Engine``."""
 
-    def submit(self, prompt: Any, **options: Any) -> Request:
+    def submit(self, *args: Any, **options: Any) -> Request:
         """Queue a stream; see ``Engine.submit``."""
 
     def look_for_room(self) -> None:
