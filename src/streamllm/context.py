@@ -37,6 +37,7 @@ class Context:
     Attributes:
         cache: what the model sees.
         residents: the turns that are in it.
+        tokens_reread: that were read once more, because there was no stream to go on with.
 
     Raises:
         ConfigError: the cache cannot be had, or the system prompt is larger than the window.
@@ -52,6 +53,7 @@ class Context:
     def __post_init__(self) -> None:
         self.cache = self._new_cache(self.template)
         self.residents = Residents()
+        self.tokens_reread = 0
 
     # ---- counters
 
@@ -148,6 +150,7 @@ class Context:
             self.enter(piece.number, piece.closing, len(piece.ids))
             read(self.model, self.tokenizer, self.cache, piece.ids)
             self.sampler.observe(piece.ids)
+            self.tokens_reread += len(piece.ids)
         self.residents.before = transcript.tokens() - sum(len(piece.ids) for piece in pieces)
 
     def whole(self, transcript: Transcript, content: str, before: int) -> tuple[list[int], int]:
@@ -222,6 +225,7 @@ class Context:
             last = row
 
     def _replay(self, row: TurnRow, prompt: list[int] | None, ids: list[int]) -> None:
+        self.tokens_reread += len(prompt or ()) + len(ids)
         replay(self.model, self.tokenizer, self.cache, self.sampler, prompt, ids, is_ended=row.finish == "end")
 
     def _new_cache(self, template: ChatTemplate) -> SinkCache:

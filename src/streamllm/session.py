@@ -239,6 +239,11 @@ class Chat:
         """Tokens of the conversation that have left the window."""
         return self._context.tokens_evicted
 
+    @property
+    def tokens_reread(self) -> int:
+        """Tokens that were read once more since the conversation was opened or forked."""
+        return self._context.tokens_reread
+
     def history(self, last: int | None = None) -> Iterator[TurnRow]:
         """The turns from the transcript, in order; ``last``: only so many."""
         return self.transcript.turns(1 if last is None else max(1, self.turns - last + 1))
