@@ -7,7 +7,7 @@ still while it is saved. Knows nothing of turns or files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from streamllm.loop import Chunk
 from streamllm.request import Request

@@ -118,7 +118,7 @@ class Spoken:
             "pinned": chat.cache.rows[0].pinned,
             "window": config.window,
             "capacity": chat.cache.capacity,
-            "cache_bytes": chat.cache.bytes,
+            "cache_bytes": chat.cache.bytes if stats is None else stats.cache_bytes,
             "ms_per_token": round(1000 / speed, 3) if speed else None,
             "recalled": [{"turn": p.turn, "role": p.role, "text": p.text} for p in record.recalled],
             "finish": record.finish,
