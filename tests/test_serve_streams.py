@@ -15,9 +15,10 @@ import pytest
 
 from serving import MODEL, Served, application, listening, said, until
 from streamllm.server import answer, runs
+from streamllm.server import run as run_module
 from streamllm.server.bell import Bell
 from streamllm.server.refusal import Refusal
-from streamllm.server.runs import Run
+from streamllm.server.run import Run
 
 CHAT = "/v1/chat/completions"
 
@@ -203,7 +204,7 @@ def test_a_resumable_reply_that_nobody_comes_back_for_ends(
 def test_events_that_fell_out_of_the_buffer_are_gone(
     served: Served, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "REPLAY", 20)
+    monkeypatch.setattr(run_module, "REPLAY", 20)
     done = client.post(CHAT, json=asked(max_tokens=60, resumable=True))
     name = done.headers["x-request-id"]
     assert client.get(f"/v1/streams/{name}?after=1").status_code == 410
@@ -249,7 +250,7 @@ def test_a_failure_in_the_middle_is_an_event_and_the_end(
         raise Refusal(507, "The disk is full.")
 
     seen: list[int] = []
-    true = answer.Run.emit
+    true = Run.emit
 
     def emit(self: Run, data: bytes) -> None:
         seen.append(1)
@@ -278,7 +279,7 @@ def test_a_slow_reader_holds_its_own_reply_up_and_gets_everything() -> None:
     async def slow() -> list[bytes]:
         run = run_of(asyncio.get_running_loop())
         reader = run.attach()
-        most = 3 * runs.BACKLOG
+        most = 3 * run_module.BACKLOG
         written = 0
 
         def write() -> None:
@@ -291,20 +292,20 @@ def test_a_slow_reader_holds_its_own_reply_up_and_gets_everything() -> None:
         thread = threading.Thread(target=write)
         thread.start()
         await asyncio.sleep(0.2)
-        assert written == runs.BACKLOG + 1 or written == runs.BACKLOG
+        assert written == run_module.BACKLOG + 1 or written == run_module.BACKLOG
         found = [piece async for piece in run.read(reader)]
         thread.join()
         return found
 
     data = b"".join(asyncio.run(slow()))
-    assert data.count(b"id: ") == 3 * runs.BACKLOG
+    assert data.count(b"id: ") == 3 * run_module.BACKLOG
 
 
 def test_a_reply_whose_reader_is_gone_does_not_wait_for_it() -> None:
     async def gone() -> None:
         run = run_of(asyncio.get_running_loop())
         reader = run.attach()
-        thread = threading.Thread(target=lambda: [run.emit(b"x") for _ in range(2 * runs.BACKLOG)])
+        thread = threading.Thread(target=lambda: [run.emit(b"x") for _ in range(2 * run_module.BACKLOG)])
         thread.start()
         await asyncio.sleep(0.1)
         run.detach(reader)

@@ -12,7 +12,7 @@ from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 
-from streamllm.server.runs import Choice, Run
+from streamllm.server.run import Choice, Run
 from streamllm.server.service import Service
 
 PATIENCE = 5.0

@@ -17,7 +17,7 @@ from streamllm.server.continuation import Continuation
 from streamllm.server.events import DONE
 from streamllm.server.history import Message
 from streamllm.server.refusal import Refusal
-from streamllm.server.runs import Choice, Run
+from streamllm.server.run import Choice, Run
 from streamllm.server.schema import ChatRequest, SessionId
 from streamllm.server.service import Service, service_of
 from streamllm.server.spoken import Spoken

@@ -17,7 +17,7 @@ from streamllm.server.history import Message
 from streamllm.server.refusal import Refusal
 from streamllm.server.response_events import ResponseEvents, base_of, usage_of
 from streamllm.server.response_schema import LOGPROBS, ResponseRequest
-from streamllm.server.runs import Choice, Run
+from streamllm.server.run import Choice, Run
 from streamllm.server.service import Service, service_of
 from streamllm.server.spoken import Spoken
 from streamllm.server.tokens import Spelling

@@ -15,7 +15,7 @@ from streamllm.server.answer import answer, new_id
 from streamllm.server.chat_events import usage_of
 from streamllm.server.events import DONE, event
 from streamllm.server.refusal import Refusal
-from streamllm.server.runs import Choice, Run
+from streamllm.server.run import Choice, Run
 from streamllm.server.service import Service, service_of
 from streamllm.server.text_events import TextEvents
 from streamllm.server.text_schema import CompletionRequest
