@@ -88,6 +88,16 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[sqlite3.Connection]:
+        """One statement in the block, which is a transaction by itself: in half the time of one with others.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        with self._sentences():
+            yield self._connection
+
     def rows(self, query: str, *values: Any) -> list[Any]:
         """All rows of a query, at once: an open cursor would keep the log from being written back.
 

@@ -174,7 +174,9 @@ class Transcript:
         assert growing is not None, "write() before begin()"
         pieces = cut(growing.text + text) or [""]
         written, end, brought = len(growing.text), 0, packed(ids)
-        with self.database.transaction() as connection:
+        # Nearly always a passage that is there grows a little, by one statement.
+        is_simple = len(pieces) == 1 and len(growing.ids) + len(brought) < 4 * MOST_IDS
+        with self.database.alone() if is_simple else self.database.transaction() as connection:
             for number, piece in enumerate(pieces, 1):
                 end += len(piece)
                 is_last = number == len(pieces)
