@@ -100,7 +100,7 @@ def test_the_readme_has_commands_to_check() -> None:
 def test_flags_within_the_text_exist() -> None:
     known = "".join(
         CliRunner().invoke(app, [name, "--help"]).output
-        for name in ("run", "chat", "pipe", "train", "bench", "doctor", "config")
+        for name in ("run", "chat", "pipe", "serve", "train", "bench", "doctor", "config")
     )
     named = {code.split()[0] for code in re.findall(r"`(--[^`\n]+)`", prose(README))}
     assert named
