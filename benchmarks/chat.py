@@ -31,7 +31,7 @@ from target import Target, print_targets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import streamllm
-from streamllm import Chunk, SamplingConfig, session
+from streamllm import Chunk, SamplingConfig, keeper
 from streamllm.checkpoint import EMBEDDED
 from streamllm.config import CacheConfig
 from streamllm.evaluate.memory import rss_bytes
@@ -145,7 +145,7 @@ def measure(
 ) -> tuple[dict[str, Any], list[Target]]:
     """Run everything; the figures and the targets."""
     saves = Saves()
-    with patch.object(session, "save_state", saves):
+    with patch.object(keeper, "save_state", saves):
         old = Talk(model, tokenizer, setting, Session("old", folder=folder))
         old.up_to(setting.early - 1)
         early = old.timed(setting.width)

@@ -32,8 +32,8 @@ class Record:
     turn: int
     tokens_read: int = 3
     tokens_generated: int = 0
-    tokens_seen: int = 0
-    tokens_cached: int = 0
+    tokens_seen: int = 81_920
+    tokens_cached: int = 1_024
     tokens_evicted: int = 0
     turns_evicted: int = 0
     evicted_now: tuple[int, int] | None = None
@@ -118,7 +118,14 @@ class FakeChat:
         self.on_end, self.recall, self.is_plain = "stop", "auto", True
         self.stats: Stats | None = None
         self.record: Record | None = None
-        self.cache = SimpleNamespace(tokens_seen=0, rows=[SimpleNamespace(pinned=4)], tokens_cached=204, capacity=404)
+        self.cache = SimpleNamespace(
+            tokens_seen=0,
+            rows=[SimpleNamespace(pinned=4)],
+            tokens_cached=204,
+            capacity=404,
+            config=SimpleNamespace(window=400),
+        )
+        self.tokenizer = lambda text, **_: {"input_ids": text.split()}
         self.is_closed = False
 
     @property

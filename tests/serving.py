@@ -59,7 +59,10 @@ def application(
         keys=Keys(keys), hosts=hosts, origins=origins, max_body=settings.max_body, journal=Journal(journal)
     )  # fmt: skip
     cache = CacheConfig(window=window, block=8)
-    engine = Watched(model, tokenizer, slots=settings.slots, waiting=settings.waiting, config=cache)
+    columns = settings.columns(cache.sinks + window + cache.block - 1, cache.sinks, window)
+    engine = Watched(
+        model, tokenizer, slots=settings.slots, waiting=settings.waiting, config=cache, columns=columns
+    )  # fmt: skip
     conversations = Conversations(engine, folder, model_name=MODEL)
     service = Service(
         engine=engine,

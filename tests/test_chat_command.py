@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 import streamllm
 from stories import STORIES
 from streamllm import console
+from streamllm.checkpoint import EMBEDDED
 from streamllm.cli import app
-from streamllm.errors import StreamLLMError
+from streamllm.errors import StateError, StreamLLMError
 from streamllm.models import locate
 from streamllm.session import Chat
 from streamllm.sessions import Session
@@ -226,6 +227,27 @@ def test_save_and_load_move_between_sessions() -> None:
     for name, want in (("a", [TELL, MORE, AGAIN]), ("b", [TELL, MORE])):
         with kept(name) as transcript:
             assert [row.user for row in transcript.turns()] == want
+
+
+def test_a_session_that_is_loaded_belongs_to_the_model_that_goes_on_with_it(tmp_path: Path) -> None:
+    """Reference: what the session says of its model, and that it is not read anew the next time."""
+    chat("--session", "a", "-m", EMBEDDED, "-n", "3", stdin=lines(TELL))
+    small = str(Path(STORIES).resolve())
+    _, _, err = chat("-m", small, "-n", "3", stdin=lines("/load a", MORE))
+    assert "another tokenizer" in err
+    with kept("a") as transcript:
+        assert transcript.get("model") == small
+    assert chat("--session", "a", "-n", "3", stdin=lines(AGAIN))[2] == PLAIN
+
+
+def test_what_goes_wrong_when_a_session_is_saved_at_the_end_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise StateError("There is no room for the stream.")
+
+    monkeypatch.setattr("streamllm.keeper.save_state", full)
+    code, _, err = chat("--session", "a", stdin="")
+    assert code == 0
+    assert err.count("There is no room for the stream. The transcript has") == 2, "at the beginning, and at the end"
 
 
 # ---- as a process of its own

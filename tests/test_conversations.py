@@ -568,7 +568,7 @@ def test_a_response_is_gone_on_with_by_its_name(there: Conversations) -> None:
     assert there.find_response("local", "r1") is None
 
 
-def test_a_session_that_answers_can_be_looked_at_and_renamed(there: Conversations) -> None:
+def test_a_session_that_answers_can_be_looked_at_and_renamed(there: Conversations, tmp_path: Path) -> None:
     """Reference: by hand; the reply goes on as fast as it is taken, in another thread."""
     client = Client(there)
     client.say(ASKED[0])
@@ -589,6 +589,9 @@ def test_a_session_that_answers_can_be_looked_at_and_renamed(there: Conversation
     reply.close()
     thread.join()
     found.release()
+    assert there.view("local", found.session_id).title == "Title 4"
+    with closing(read_transcript(found.session_id, tmp_path / "local")) as transcript:
+        assert transcript.get("title") == "Title 4"
 
 
 def test_a_session_that_is_in_use_is_not_deleted(there: Conversations) -> None:
@@ -654,13 +657,14 @@ def test_chats_beyond_the_bound_go_to_disk_and_come_back(engine: Engine, tmp_pat
 
 def test_idle_chats_go_to_disk_when_they_are_swept(engine: Engine, tmp_path: Path) -> None:
     """Reference: by hand; one that is in use stays, and one that comes back reads nothing."""
-    with begin(engine, tmp_path, idle=0.2) as there:
+    with begin(engine, tmp_path, idle=100) as there:
         client, other = Client(there), Client(there, system=None)
         client.say(ASKED[0])
         (held,) = there.continue_messages("local", messages([ASKED[1]]))
         assert there.sweep() == 0
-        time.sleep(0.3)
         other.say(ASKED[2])
+        for key, berth in there._rooms.pool._berths.items():
+            berth.used -= 200 if key[1] in (client.session, held.session_id) else 0
         assert there.sweep() == 1
         assert there.stats()["resident"] == 2
         view = there.view("local", client.session)

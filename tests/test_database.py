@@ -80,6 +80,15 @@ def test_a_temporary_database_leaves_no_file(tmp_path: Path, monkeypatch: pytest
     database.close()
 
 
+def test_a_database_that_was_closed_says_so(path: Path) -> None:
+    database = opened(path)
+    database.close()
+    with pytest.raises(StateError, match=r"Cannot use .*: it is closed; open it again\.$"):
+        database.row("SELECT 1")
+    with pytest.raises(StateError, match=r"it is closed"), database.transaction():
+        pass
+
+
 @pytest.mark.parametrize("damage", ["header", "middle", "cut", "log"])
 def test_a_damaged_file_is_refused_and_one_copy_of_it_is_kept(path: Path, damage: str) -> None:
     """Reference: the bytes of the damaged file, before and after; opening it again makes no second copy."""

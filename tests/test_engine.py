@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,7 +243,7 @@ def test_a_stream_that_stood_still_goes_on_when_half_of_what_waits_is_taken() ->
     """Reference: by hand; else a slow reader would cost a change of slots for each token."""
     woken: list[int] = []
     chunk: Any = "a chunk"
-    request = Request(1, None, None, lambda: woken.append(left))  # type: ignore[arg-type]
+    request = Request(1, None, None, lambda: woken.append(left), threading.current_thread())  # type: ignore[arg-type]
     for _ in range(2):
         for number in range(BUFFER):
             assert request.is_full == (number == BUFFER)
@@ -320,6 +322,152 @@ def test_a_callback_ends_a_stream_and_one_that_raises_ends_it_alone(loaded, engi
         ids(bad)
     assert len(ids(short)) == 4
     assert ids(good) == alone(loaded, PROMPTS[0], 0, max_tokens=30)
+
+
+@pytest.mark.parametrize("error", [SystemExit("the callback"), asyncio.CancelledError()])
+def test_whatever_a_callback_raises_ends_its_stream_alone(error: BaseException, loaded, engine) -> None:
+    """Reference: ``stream()``; these are no ``Exception``, and would end a thread."""
+
+    def fails(chunk: Any) -> bool:
+        raise error
+
+    good = engine.submit(PROMPTS[0], max_tokens=30, on_end="pass", sampling=sampling(0))
+    bad = engine.submit(PROMPTS[2], on_end="pass", stop_when=fails)
+    with pytest.raises(type(error)):
+        ids(bad)
+    assert ids(good) == alone(loaded, PROMPTS[0], 0, max_tokens=30)
+
+
+@pytest.mark.parametrize("error", [StopIteration(), StopAsyncIteration()])
+def test_a_callback_cannot_make_its_failure_look_like_an_end(error: Exception, engine) -> None:
+    """Reference: what Python does in generators; a loop would take these for the end of the text."""
+
+    def fails(chunk: Any) -> bool:
+        raise error
+
+    async def collect(request: Request) -> list[Any]:
+        return [chunk async for chunk in request]
+
+    request = engine.submit(PROMPTS[2], on_end="pass", stop_when=fails)
+    with pytest.raises(RuntimeError, match=f"stop_when raised {type(error).__name__}"):
+        ids(request)
+    with pytest.raises(RuntimeError, match="stop_when raised"):
+        asyncio.run(collect(request))
+    assert engine.stats().failed == 1
+
+
+def test_an_error_that_is_raised_again_and_again_does_not_grow(engine) -> None:
+    """Reference: the length of its traceback the first time."""
+
+    def fails(chunk: Any) -> bool:
+        raise ZeroDivisionError("the callback")
+
+    request = engine.submit(PROMPTS[2], on_end="pass", stop_when=fails)
+    lengths = []
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError) as caught:
+            next(request)
+        lengths.append(len(traceback.extract_tb(caught.value.__traceback__)))
+        assert any(frame.name == "fails" for frame in traceback.extract_tb(caught.value.__traceback__))
+    assert len(set(lengths)) == 1
+
+
+def test_what_waits_for_the_engine_is_refused_in_its_own_thread(engine) -> None:
+    """Reference: time; it would wait for itself, and all others with it."""
+    for wait in (engine.drain, engine.close):
+        request = engine.submit(PROMPTS[0], stop_when=lambda chunk, wait=wait: wait())
+        with pytest.raises(RuntimeError, match="another thread"):
+            ids(request)
+    assert engine.submit(PROMPTS[0], max_tokens=1).text() is not None
+
+
+def test_a_stream_that_fails_lets_go_of_the_memory_it_failed_with(
+    loaded, engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: weak references; the error is kept, and what its forward had made would be kept with it."""
+    forward = type(engine.submit(PROMPTS[0], max_tokens=1).turn).forward
+    victim, made, held = list[Any](), list[Any](), list[bool]()
+
+    def one_by_one(turn: Any, tokens: Any) -> Any:
+        if turn.cache in victim:
+            large = torch.zeros(1000)
+            made.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        held.extend(there() is not None for there in made)
+        return forward(turn, tokens)
+
+    def out_of_memory(*_: Any, step: Any = engine._slots.step) -> Any:
+        if victim and not made:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*_)
+
+    monkeypatch.setattr("streamllm.loop.Turn.forward", one_by_one)
+    monkeypatch.setattr(engine._slots, "step", out_of_memory)
+    requests = together(engine, 2, max_tokens=40)
+    for request in requests:
+        next(request)
+    victim.append(requests[0].turn.cache)
+    with pytest.raises(torch.OutOfMemoryError):
+        ids(requests[0])
+    ids(requests[1])
+    assert held
+    assert not any(held)
+
+
+def test_a_draw_that_fails_is_repeated_without_what_it_had_made(
+    loaded, engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: ``stream()`` and weak references; the memory runs out behind the random numbers of all."""
+    from streamllm import race
+
+    made, held = list[Any](), list[bool]()
+
+    def fail(scores: Any, *rest: Any, winners: Any = race.winners) -> Any:
+        if len(scores) > 1:
+            large = torch.zeros(1000)
+            made.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        held.extend(there() is not None for there in made)
+        return winners(scores, *rest)
+
+    monkeypatch.setattr(race, "winners", fail)
+    with engine._changed:
+        requests = [engine.submit(PROMPTS[i], max_tokens=30, on_end="pass", sampling=sampling(2 * i)) for i in range(3)]
+    for number, request in enumerate(requests):
+        assert ids(request) == alone(loaded, PROMPTS[number], 2 * number, max_tokens=30)
+    assert made
+    assert not any(held)
+
+
+def test_an_engine_that_broke_says_so(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the mistake, which is ours; nobody has closed it."""
+    with Engine(*loaded, slots=1, config=CONFIG) as engine:
+        monkeypatch.setattr(engine, "_come_and_go", lambda: 1 // 0)
+        request = engine.submit(PROMPTS[0])
+        with pytest.raises(ZeroDivisionError):
+            ids(request)
+        with pytest.raises(BusyError, match=r"has stopped by a mistake of its own: ZeroDivisionError, .*make another"):
+            engine.submit(PROMPTS[0])
+
+
+def test_steps_are_compiled_by_the_thread_that_runs_them(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the threads' numbers; a graph of an accelerator belongs to the thread that it was recorded by."""
+    seen: list[int] = []
+    monkeypatch.setattr("streamllm.slots.Slots.prepare", lambda slots: seen.append(threading.get_ident()))
+    with Engine(*loaded, slots=1, config=CONFIG, compile=True) as engine:
+        assert seen == [engine._thread.ident]
+
+
+def test_what_fails_while_an_engine_is_made_fails_there(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the error, and no thread that is left."""
+
+    def fail(slots: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("streamllm.slots.Slots.prepare", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(*loaded, slots=1, config=CONFIG, compile=True)
+    wait_until(lambda: not any(thread.name == "streamllm-engine" for thread in threading.enumerate()))
 
 
 def test_a_step_that_fails_is_repeated_one_by_one(loaded, engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,9 +569,9 @@ def test_streams_that_share_a_slot_take_turns(loaded, monkeypatch: pytest.Monkey
     with Engine(*loaded, slots=1, config=CONFIG, quantum=5) as engine:
         show = engine._show
 
-        def watch(requests: Any, drawn: Any) -> None:
+        def watch(requests: Any, *others: Any) -> None:
             order.extend(request.id for request in requests)
-            show(requests, drawn)
+            show(requests, *others)
 
         monkeypatch.setattr(engine, "_show", watch)
         for request in together(engine, 3, max_tokens=17):

@@ -667,6 +667,19 @@ def test_a_reader_that_goes_away_ends_the_pipe_quietly(monkeypatch: pytest.Monke
     assert len(stdin.pieces) == 3
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_an_answer_cannot_steer_the_terminal(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log that is watched may say anything, and a model may repeat it; a pipe gets what the model wrote."""
+    monkeypatch.setattr(sys, "stdin", Stdin(b"A cat.\n"))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    monkeypatch.setattr(PipeJob, "_line", lambda *_: "\x1b]52;c;aGk=\x07 a\tb \x9b31m")
+    job().run()
+    want = "�]52;c;aGk=� a\tb �31m\n" if is_terminal else "\x1b]52;c;aGk=\x07 a\tb \x9b31m\n"
+    assert capsys.readouterr().out == want
+
+
 def test_a_person_sees_what_runs_and_what_it_cost(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,9 @@ def notes() -> list[str]:
 
 
 @pytest.fixture
-def index(tmp_path: Path, notes: list[str]) -> Recognition:
-    return Recognition(tmp_path / "index.db", notes.append)
+def index(tmp_path: Path, notes: list[str]) -> Iterator[Recognition]:
+    with closing(Recognition(tmp_path / "index.db", notes.append)) as index:
+        yield index
 
 
 def add(index: Recognition, name: str, turns: int = 0, *, is_named: bool = False, at: float = 1.0) -> list[bytes]:
@@ -208,6 +211,7 @@ def test_all_of_it_survives_a_restart(index: Recognition, notes: list[str]) -> N
     index.close()
     again = Recognition(index.path, notes.append)
     assert (list(again.known(chain)), again.find_response("r1"), again.entries()) == before
+    again.close()
     assert notes == []
     assert index.path.stat().st_mode & 0o777 == 0o600
 
@@ -250,6 +254,7 @@ def test_a_damaged_file_is_set_aside(content: bytes | None, index: Recognition, 
     assert "histories that clients send are recognised from now on only" in notes[0]
     add(again, "work", 2)
     assert next(again.known(chain))[0] == 2
+    again.close()
 
 
 def test_damage_that_is_met_on_the_way_is_no_error(index: Recognition, notes: list[str]) -> None:

@@ -25,6 +25,7 @@ from streamllm import messages
 from streamllm.config import SamplingConfig
 from streamllm.console import Answer, Screen, Signals
 from streamllm.errors import ConfigError, InputError, StreamLLMError, StreamLLMWarning
+from streamllm.passages import Passage
 from streamllm.repl import Repl
 from streamllm.run import told
 from streamllm.slash import ALIASES, COMMANDS, completions
@@ -246,6 +247,24 @@ def test_what_recall_finds_is_shown_and_goes_in_front_of_the_next_message_only(
     assert capsys.readouterr().out.startswith("turn 3, you: They spoke of red boxes.\nword1")
 
 
+@pytest.mark.parametrize(
+    ("window", "kept", "says"), [(90, [3, 5], "as many as fit, 2 of them, go"), (24, [], "none of")]
+)
+def test_what_recall_finds_leaves_room_in_the_window(
+    window: int, kept: list[int], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: quotations of 4 tokens and their words, within a third of the window; the best goes before others."""
+    found = [Passage(number, 1, "user", "word " * words, 9) for number, words in ((3, 15), (4, 25), (5, 5))]
+    monkeypatch.setattr(FakeChat, "search", lambda *_, **__: found)
+    notes: list[str] = []
+    monkeypatch.setattr(Screen, "note", lambda _, text: notes.append(text))
+    chat = FakeChat()
+    chat.cache.config.window = window
+    converse(chat, "/recall word", "1 word")
+    assert notes[0].startswith(says)
+    assert [passage.id for passage in chat.calls[-1][2] or ()] == kept
+
+
 def test_what_was_found_is_still_there_when_a_message_fails() -> None:
     class Refusing(FakeChat):
         def send(self, text: str, *, recall: Any = None, progress: Any = None) -> Any:
@@ -283,6 +302,15 @@ def test_fork_goes_on_where_it_was() -> None:
     talk = converse(chat := FakeChat(), "one", "/fork mine", "two")
     assert talk.chat is chat
     assert (chat.is_closed, chat.texts) == (False, ["one", "two"])
+
+
+@pytest.mark.parametrize("command", ["save", "fork", "load"])
+def test_the_session_that_goes_on_is_not_named_as_one_of_another_process(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = converse(FakeChat(session="mine"), "one", f"/{command} mine")
+    assert capsys.readouterr().err == "streamllm: This is session 'mine' already.\n"
+    assert ("fork", "mine") not in talk.chat.calls
 
 
 def test_load_goes_on_with_a_session_but_never_drops_what_is_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,11 +376,27 @@ def test_statistics_name_what_was_seen_cached_evicted_and_recalled(capsys: pytes
     assert capsys.readouterr().err == f"{line}\nturns (3, 4) left\n"
 
 
+def test_statistics_of_a_message_that_was_broken_off_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing was drawn, so the counts are the record's, and the speeds of the reply before say nothing."""
+    chat = FakeChat()
+    chat.signal = signal.SIGINT
+    with Signals() as signals:
+        signals.defer(presses=3)
+        talk = converse(chat, "2 words", "100 steps", is_interactive=True, signals=signals, shows_stats=True)
+        talk.chat.record.tokens_seen = 90_000
+        converse(chat, "/stats")
+    err, out = (text.splitlines() for text in reversed(capsys.readouterr()))
+    assert err[0].endswith("tok/s")
+    assert err[1] == "seen 81 920 · cached 1 024 · evicted 80 896 · recalled 0"
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in out[-9:])
+    assert (rows["read"], rows["generated"], rows["seen"].split(" tokens")[0]) == ("3 tokens", "0 tokens", "90 000")
+
+
 def test_stats_shows_what_the_last_reply_has_cost(capsys: pytest.CaptureFixture[str]) -> None:
     converse(FakeChat(), "/stats", "2 words", "/stats")
     before, *table = capsys.readouterr().out.splitlines()
     rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in table[1:])
-    assert before == "there was no reply yet"
+    assert before == "there is no reply yet since this began, or it was taken back"
     assert rows["generated"] == "2 tokens, 43.0 tok/s"
     assert rows["recalled"] == "nothing"
 
@@ -376,6 +420,18 @@ def test_a_reply_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -
     assert talk.shown(evil) == evil, "a pipe gets what the model wrote"
     talk.answer.is_terminal = True
     assert talk.shown(evil) == "�]52;c;aGk=� �31m a\tb\né😀"
+
+
+def test_what_was_recalled_cannot_steer_the_terminal_either(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named on stderr."""
+    found = [Passage(1, 3, "assistant", "\x1b]52;c;aGk=\x07 \x9b31m a\tb", 9)]
+    monkeypatch.setattr(FakeChat, "search", lambda *_, **__: found)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    talk = talk_of(FakeChat())
+    Repl(talk, partial(next, iter(["/recall x", "1 word"]), None), is_interactive=False).run()
+    assert "recalled from turn 3, reply: �]52;c;aGk=� �31m a b" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("unit", "said"), [("words", ["word1 ", "word2 "]), ("steps", [])])

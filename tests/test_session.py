@@ -24,10 +24,12 @@ from streamllm.cache import SinkCache
 from streamllm.config import SamplingConfig
 from streamllm.errors import BusyError, CacheError, ConfigError, InputError, StateError
 from streamllm.models import load
+from streamllm.sampling import Sampler
 from streamllm.session import Chat
 from streamllm.sessions import Session
 
 GREEDY = SamplingConfig(temperature=0)
+VARIED = SamplingConfig(seed=7, presence_penalty=0.6, frequency_penalty=0.8)
 SYSTEM = "You tell short stories about animals and you are always kind."
 SAID = [
     "Who lives in the red house?",
@@ -413,7 +415,8 @@ def test_a_turn_that_was_broken_off_while_it_was_read_is_read_anew() -> None:
 
 def test_a_session_goes_on_as_if_it_had_never_stopped() -> None:
     """Reference: one that never stopped; sampled, so the random numbers go on as well."""
-    options = {"system": SYSTEM, "window": 100, "sampling": SamplingConfig(seed=11)}
+    sampling = SamplingConfig(seed=11, presence_penalty=0.5, frequency_penalty=0.3, logit_bias=((31, 1.5),))
+    options = {"system": SYSTEM, "window": 100, "sampling": sampling}
     with make(**options) as other:
         want = talk(other, 8)
     found = []
@@ -534,11 +537,51 @@ def test_a_full_disk_in_the_middle_of_a_reply_loses_nothing(monkeypatch: pytest.
         assert want.endswith(rest)
 
 
+@pytest.mark.parametrize("template", [CHATML, LAST_USER])
+def test_penalties_count_what_the_reply_has_drawn_also_after_it_was_cut_off(
+    template: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the ids that a sampler counts must be those of the reply in the transcript, whatever came between."""
+    counted: list[list[int]] = []
+
+    def watch(sampler: Sampler, logits: object) -> None:
+        counted.append(list(sampler.drawn))
+        reweigh(sampler, logits)  # type: ignore[arg-type]
+
+    reweigh = Sampler._reweigh
+    monkeypatch.setattr(Sampler, "_reweigh", watch)
+
+    def check(chat: Chat, turn: int, begin: int) -> None:
+        ids = chat.transcript.reply_ids(turn)
+        assert counted[: len(ids) - begin] == [ids[:place] for place in range(begin, len(ids))]
+        counted.clear()
+
+    with make(template, session="talk", sampling=VARIED, on_end="ban", max_tokens=12) as chat:
+        for turn in (1, 2):
+            chat.send(SAID[turn]).text()
+            check(chat, turn, 0)
+        chat.resume(max_tokens=9).text()
+        check(chat, 2, 12)
+        chat.regenerate(rebuild=True).text()
+        check(chat, 2, 0)
+        chat.undo(rebuild=True)
+        chat.resume(max_tokens=5).text()
+        check(chat, 1, 12)
+        reply = chat.send(SAID[3])
+        for _ in range(4):
+            next(reply)
+    (folder / "talk" / "state.stream").unlink(missing_ok=True)
+    counted.clear()
+    with make(template, session="talk", sampling=None, on_end="ban", max_tokens=12) as chat:
+        assert chat.sampling == VARIED
+        chat.resume().text()
+        check(chat, 2, 4)
+
+
 KILLED = """
 import sys
-from test_session import GREEDY, SAID, SYSTEM, make
-from streamllm.config import SamplingConfig
-chat = make(system=SYSTEM, session="talk", window=100, max_tokens=40, sampling=SamplingConfig(seed=7))
+from test_session import SAID, SYSTEM, VARIED, make
+chat = make(system=SYSTEM, session="talk", window=100, max_tokens=40, sampling=VARIED)
 print(chat.can_resume, flush=True)
 if chat.can_resume:
     for chunk in chat.resume(max_tokens=40 - chat.transcript.last().reply_tokens):
@@ -564,7 +607,7 @@ def test_a_session_that_was_killed_twice_says_what_it_would_have_said(monkeypatc
                 break
         process.stdout.close()
         assert process.wait() == (0 if tokens is None else -signal.SIGKILL)
-    with make(system=SYSTEM, window=100, max_tokens=40, sampling=SamplingConfig(seed=7)) as other:
+    with make(system=SYSTEM, window=100, max_tokens=40, sampling=VARIED) as other:
         talk(other, 10)
         want = [(row.user, row.reply, row.finish) for row in other.history()]
         with make(session="talk") as chat:
@@ -706,7 +749,8 @@ def test_text_that_was_held_back_comes_with_the_end_of_the_reply() -> None:
                 next(reply)
             reply.close()
             ids = chat.transcript.reply_ids(1)
-            assert chat.transcript.turn(1).reply == chat.tokenizer.decode(ids, skip_special_tokens=True)
+            said = chat.transcript.turn(1).reply.replace("\n\n", "")
+            assert said == chat.tokenizer.decode(ids, skip_special_tokens=True)
             chat.resume(max_tokens=20 - tokens).text()
             assert chat.transcript.turn(1).reply == want
 
@@ -767,7 +811,7 @@ def test_turns_said_with_another_tokenizer_are_spelt_anew_however_often() -> Non
         assert any("another tokenizer" in note for note in chat.notes)
         for _ in range(2):
             with watched(chat.model) as read:
-                chat._rebuild()
+                chat._keeper.rebuild()
             for user, reply in texts[1:2]:
                 assert user in tokenizer.decode(read)
                 assert reply.strip() in tokenizer.decode(read)
@@ -825,7 +869,7 @@ def test_after_reading_anew_nothing_is_taken_for_gone_that_is_there() -> None:
         talk(chat, 8)
         for _ in range(6):
             del read[:]
-            chat._rebuild()
+            chat._keeper.rebuild()
             seen = list(read)
             talk(chat, 3)
             held = chat.cache.tokens_cached - chat.cache.rows[0].pinned
@@ -878,3 +922,126 @@ def test_a_compiled_conversation_says_the_same() -> None:
         assert talk(chat, 4) == want[:4]
         chat.undo(2)
         assert talk(chat, 4, first=2) == want[2:]
+
+
+def test_a_second_thread_is_refused_between_two_tokens_too() -> None:
+    """Reference: the reply of the first, which goes on as if nobody had asked."""
+    with make(max_tokens=12, on_end="ban") as other:
+        want = other.send(SAID[0]).text()
+    with make(max_tokens=12, on_end="ban") as chat:
+        texts: list[str] = []
+        steps, goes_on = threading.Event(), threading.Event()
+
+        def read() -> None:
+            for chunk in chat.send(SAID[0]):
+                texts.append(chunk.text)
+                steps.set()
+                goes_on.wait(30)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        steps.wait(30)
+        with pytest.raises(BusyError, match="Another thread reads a reply"):
+            chat.send(SAID[1])
+        goes_on.set()
+        thread.join()
+        assert "".join(texts) == want
+        assert chat.send(SAID[1]).text()
+
+
+def test_what_was_quoted_is_known_after_a_restart_and_nothing_is_kept_for_it() -> None:
+    """Reference: by hand; what stands quoted in the window is not quoted again."""
+    with make(session="talk", window=150, recall="auto", max_tokens=8) as chat:
+        chat.send("The key is under the purple stone.").text()
+        talk(chat, 12)
+        reply = chat.send("Where is the key, under which purple stone?")
+        assert [passage.turn for passage in reply.recalled] == [1]
+        reply.text()
+    with make(session="talk", recall="auto", max_tokens=8) as chat:
+        assert not chat.send("So where is the key, under the purple stone?").recalled
+        for _ in range(14):
+            chat.send("Tell me about a dog.").text()
+        assert chat.send("Where is the key, under which purple stone?").recalled
+
+
+def test_a_reply_in_its_own_manner_leaves_the_random_numbers_of_the_conversation_alone() -> None:
+    """Reference: a conversation without that reply's own seed, and one in which nothing was drawn otherwise."""
+    conversation = SamplingConfig(seed=5)
+    with make(sampling=conversation, on_end="ban", max_tokens=10) as chat:
+        first = chat.send(SAID[0]).text()
+        chat.send(SAID[1], sampling=SamplingConfig(seed=9)).text()
+        chat.undo()
+        second = chat.send(SAID[1]).text()
+        chat.undo(2)
+        assert chat.send(SAID[0]).text() != first  # the numbers of seed 5 go on
+    with make(sampling=conversation, on_end="ban", max_tokens=10) as other:
+        assert [other.send(SAID[0]).text(), other.send(SAID[1]).text()] == [first, second]
+    with make(sampling=conversation, on_end="ban", max_tokens=10) as other:  # without a seed they go on in it
+        assert other.send(SAID[0], sampling=SamplingConfig()).text() == first
+        assert other.send(SAID[1], sampling=SamplingConfig()).text() == second
+
+
+def test_regenerating_and_resuming_keep_what_was_recalled() -> None:
+    """Reference: the passages given by hand."""
+    with make(window=150) as chat:
+        talk(chat, 3)
+        passages = chat.search("red house")
+        assert passages
+        chat.send("Bye", recall=passages, max_tokens=2, on_end="ban").text()
+        assert chat.resume(max_tokens=2).recalled == tuple(passages)
+        assert chat.regenerate(max_tokens=2).recalled == tuple(passages)
+
+
+def test_a_template_that_is_read_as_a_whole_tells_what_leaves_also_after_a_restart() -> None:
+    """Reference: by hand."""
+    with make(LAST_USER, session="talk", window=100, system=SYSTEM) as chat:
+        for n in range(8):
+            reply = chat.send(SAID[n % len(SAID)])
+            reply.text()
+        assert reply.record.evicted_now is not None
+        evicted = chat.turns_evicted
+        assert evicted >= 3
+    with make(LAST_USER, session="talk", window=100) as chat:
+        assert abs(chat.turns_evicted - evicted) <= 1
+        assert chat.tokens_evicted > 0
+
+
+def test_other_instructions_say_what_is_unusual_about_them() -> None:
+    """Reference: the note of a conversation that begins with them."""
+    with make(LAST_USER) as chat:
+        before = len(chat.notes)
+        chat.set_system(SYSTEM)
+        assert len(chat.notes) > before
+        assert any("read again at every turn" in note for note in chat.notes)
+
+
+def test_a_system_prompt_that_does_not_fit_is_told_with_both_sizes() -> None:
+    """Reference: by hand, with a window that is given and with the default one."""
+    with pytest.raises(ConfigError, match=r"has \d\d\d tokens, the window 60: shorten"):
+        make(system="Be kind. " * 60, window=60)
+    with pytest.raises(ConfigError, match=r"has \d+ tokens, the window \d+: shorten"):
+        make(system="Be kind. " * 400)
+
+
+def test_a_document_that_was_passed_is_set_apart_in_the_transcript() -> None:
+    """Reference: the chunks as they are shown."""
+    with make(None, on_end="pass", max_tokens=400) as chat:
+        chunks = list(chat.send("Once upon a time"))
+        assert sum(chunk.document_end for chunk in chunks)
+        assert chat.transcript.turn(1).reply == "".join(chunk.shown for chunk in chunks)
+
+
+def test_a_fork_that_fails_leaves_no_session(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Reference: the folder of sessions."""
+    with make() as chat:
+        talk(chat, 2)
+        with monkeypatch.context() as patch:
+
+            def fail(*_: object) -> None:
+                raise StateError("The disk is full.")
+
+            patch.setattr("streamllm.transcript.Transcript.copy_into", fail)
+            with pytest.raises(StateError, match="full"):
+                chat.fork("branch")
+        assert not [path for path in folder.iterdir() if path.name == "branch"]
+        chat.fork("branch").close()

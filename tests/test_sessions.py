@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import re
@@ -212,6 +213,34 @@ def test_a_session_that_is_not_there_is_not_made_unless_that_is_wanted(folder: P
     with pytest.raises(StateError, match=r"There is no session 'work' in .*sessions; streamllm sessions list shows"):
         Session("work", create=False)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "missing"])
+def test_a_session_that_has_lost_its_transcript_does_not_begin_anew(damage: str, folder: Path) -> None:
+    """Reference: the saved stream, byte for byte."""
+    with Session("work") as session:
+        session.transcript.put("system", "Be kind.")
+        session.state.write_bytes(b"a stream")
+    file = folder / "work" / "transcript.db"
+    file.unlink()
+    if damage == "empty":
+        file.touch()
+    for create in (True, False):
+        with pytest.raises(StateError, match=rf"Session 'work' has no transcript: .*transcript.db is {damage}; put it"):
+            Session("work", create=create)
+    assert (folder / "work" / "state.stream").read_bytes() == b"a stream"
+    delete_session("work")
+
+
+def test_a_session_that_was_never_begun_is_new_still(folder: Path) -> None:
+    """Reference: what a process leaves that is killed, or has no room, while it makes a session."""
+    with Session("work"):
+        pass
+    with Session("work") as session:
+        assert session.is_new
+    (folder / "work" / "transcript.db").write_bytes(b"")
+    with Session("work") as session:
+        assert session.is_new
 
 
 def test_a_folder_of_something_else_is_neither_used_nor_listed_nor_deleted(folder: Path) -> None:
@@ -743,6 +772,10 @@ STRANGE_SETTINGS: dict[str, Any] = {
     "'sampling': '<' not supported": {"sampling": {"top_p": "x"}},
     "'sampling': temperature must be a number": {"sampling": {"temperature": None}},
     "'sampling': seed must be a whole number": {"sampling": {"seed": 1.5}},
+    "'sampling': presence_penalty must be a number from": {"sampling": {"presence_penalty": 2 * 10**9}},
+    "'sampling': frequency_penalty must be a number from": {"sampling": {"frequency_penalty": "2"}},
+    "'sampling': logit_bias must be pairs": {"sampling": {"logit_bias": {"5": 1}}},
+    "'sampling': the bias of id 5 in logit_bias": {"sampling": {"logit_bias": [[5, 1e300]]}},
     "'sampling': repetition_window must be a number of at most": {"sampling": {"repetition_window": 2**40}},
 }
 
@@ -770,7 +803,8 @@ def test_all_that_a_conversation_keeps_is_let_in(tmp_path: Path, folder: Path) -
         "window": 300,
         "kv_dtype": "int8",
     }
-    with Chat(model, tokenizer, session="work", sampling=SamplingConfig(seed=3), max_tokens=4, **options) as chat:
+    sampling = SamplingConfig(seed=3, presence_penalty=0.5, frequency_penalty=-1, logit_bias=((5, 2.5), (6, -math.inf)))
+    with Chat(model, tokenizer, session="work", sampling=sampling, max_tokens=4, **options) as chat:
         chat.send("Hello").text()
         chat.transcript.put("model", "stories260K")
         chat.transcript.put("embeddings", 2**32 - 1)
@@ -781,6 +815,7 @@ def test_all_that_a_conversation_keeps_is_let_in(tmp_path: Path, folder: Path) -
     import_session(tmp_path / "a.zip", "copy")
     with Chat(model, tokenizer, session="copy", max_tokens=4) as chat:
         assert chat.transcript.settings() == kept
+        assert chat.sampling == sampling
         assert chat.notes == []
         assert chat.send("And?").text()
 

@@ -718,6 +718,25 @@ def test_without_a_compiler_there_is_one_note_for_all_sizes_and_the_right_logits
         together(model, [4], 2, Slots(model, 4, CAPACITY, compiles=True))
 
 
+def test_that_no_compiler_is_there_is_said_in_words_of_ours(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: what torch raises there, whose own words end in the middle of a setting of its."""
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    def fail(*args: Any) -> None:
+        raise InductorError(InvalidCxxCompiler(), None)
+
+    monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))
+    monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(compiled, "_compile", fail)
+    notes: list[str] = []
+    together(model, [4], 2, Slots(model, 1, CAPACITY, compiles=True, note=notes.append))
+    assert notes == [
+        "Decoding is not compiled, which is slower: torch finds no C++ compiler; install g++, or name one by CXX"
+    ]
+
+
 def test_steps_are_compiled_for_powers_of_two_and_for_all_slots(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,7 @@ class ChatJob:
                 answer,
                 signals,
                 model=shown(folder),
-                open_chat=partial(self._go_on, model, tokenizer),
+                open_chat=partial(self._go_on, model, tokenizer, name),
                 list_names=_session_names,
                 shows_stats=(screen.is_terminal if self.stats is None else self.stats) and not self.quiet,
                 is_json=self.json,
@@ -113,6 +113,7 @@ class ChatJob:
 
             # 4. leave in order
             stack.close()
+            talk.tell_notes()  # of saving
             if talk.chat.session is not None:
                 screen.note(f"saved; go on with --session {talk.chat.session.name}")
             return 0 if signals.received is None else 128 + signals.received
@@ -162,14 +163,17 @@ class ChatJob:
         chat.transcript.put("model", name or EMBEDDED)
         return chat
 
-    def _go_on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Chat:
-        """Go on with another session, as it was; ``/load``."""
+    def _go_on(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_name: str | None, name: str
+    ) -> Chat:
+        """Go on with another session, as it was but for the model; ``/load``."""
         from streamllm.session import Chat
         from streamllm.sessions import Session
 
         chat = Chat(model, tokenizer, session=Session(name, create=False), **self._manner())
         self._go_past_ends(chat)
         chat.notes = [note for note in chat.notes if note not in chat.template.notes]  # said when the model was loaded
+        chat.transcript.put("model", model_name or EMBEDDED)
         return chat
 
     def _manner(self) -> dict[str, Any]:

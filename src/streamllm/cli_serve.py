@@ -53,10 +53,12 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            "--api-key", envvar="STREAMLLM_API_KEY", help="Who may come in; several times, or with commas.",
-            metavar="KEY", show_envvar=True,
+            "--api-key",
+            envvar="STREAMLLM_API_KEY",
+            help="Who may come in; several times, or with commas.",
+            metavar="KEY",
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     allow_host: Annotated[
         list[str] | None, _for_serve("--allow-host", help="Another name of this server; several times.")
     ] = None,
@@ -69,6 +71,9 @@ def serve(
     waiting: Annotated[
         int, _for_serve("--waiting", help="Requests that may wait beyond them; more are refused (429).")
     ] = ServeConfig.waiting,
+    max_system: Annotated[
+        int | None, _for_serve("--max-system", help="Tokens of instructions that each slot has room for.")
+    ] = ServeConfig.max_system,
     resident: Annotated[
         int | None, _for_serve("--resident", help="Conversations in memory at most; the others are on disk.")
     ] = ServeConfig.resident,
@@ -144,13 +149,14 @@ def serve(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
         endless=endless,
-        recall=recall,
+        recall="off" if recall == "off" else "auto",
         template_options=options("template-option", template_option or ()) or None,
         serve=ServeConfig(
             host=host,
             port=port,
             slots=slots,
             waiting=waiting,
+            max_system=max_system,
             resident=resident,
             max_stream_tokens=max_stream_tokens,
             max_per_key=max_per_key,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -30,8 +29,6 @@ LAST = 3
 SHOWN = ("model", "created", "system", "cache", "sampling", "template", "fingerprint")
 """Settings that a person is shown, in order; what else is kept is there for the chat, and in JSON."""
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the session.", show_default=False)]
 
 
@@ -50,7 +47,7 @@ def list_(ctx: typer.Context, json: Json = False, quiet: Quiet = False, debug: D
                 counts = ("", "") if info.damage else (str(info.turns), str(info.tokens))
                 state = [info.damage or "", f"in use by process {info.pid}" if info.pid else ""]
                 cells = (info.name, *counts, _when(info.used), _short(info.model), "; ".join(filter(None, state)))
-                rows.append(tuple(_shown(cell, answer) for cell in cells))
+                rows.append(tuple(answer.shown(cell) for cell in cells))
             answer.table(rows)
         else:
             screen.note(f"there are no sessions in {sessions_folder()}")
@@ -77,7 +74,7 @@ def show(
         first = 1 if all else max(1, transcript.count() - last + 1)
         parts = _json_lines(name, transcript, first) if json else _paragraphs(transcript, first)
         for part in parts:
-            if not answer.write(part if json else _shown(part, answer)):
+            if not answer.write(part if json else answer.shown(part)):
                 break
 
 
@@ -204,8 +201,3 @@ def _when(seconds: float | None) -> str:
 
 def _turns(count: int) -> str:
     return f"{count} turn{'' if count == 1 else 's'}"
-
-
-def _shown(text: str, answer: Answer) -> str:
-    """Text that does nothing to a terminal but to be read: a session may come from elsewhere."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if answer.is_terminal else text

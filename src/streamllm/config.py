@@ -53,6 +53,9 @@ RESIDENT_SHARE = 4
 MOST_RESIDENT = 128
 """Conversations that a server keeps in memory at most; each holds four files open."""
 
+MOST_SYSTEM = 256
+"""Tokens of instructions that a server has room for, unless it is told otherwise; each costs a little in every step."""
+
 
 class _Shown:
     """A repr that shows only what differs from the defaults."""
@@ -171,6 +174,7 @@ class ServeConfig(_Shown):
         host, port: where it listens; port 0 takes a free one.
         slots: replies that are generated at the same time.
         waiting: requests that may wait beyond them, before others are refused.
+        max_system: tokens of instructions that there is room for in every slot; ``None``: half the window, at most 256.
         resident: conversations in memory at most; ``None``: as many as slots and waiting requests.
         max_stream_tokens: tokens of one reply at most; ``None``: no limit.
         max_per_key: requests of one API key that run at the same time; ``None``: no limit.
@@ -187,6 +191,7 @@ class ServeConfig(_Shown):
     port: int = 8000
     slots: int = 8
     waiting: int = 64
+    max_system: int | None = None
     resident: int | None = None
     max_stream_tokens: int | None = None
     max_per_key: int | None = None
@@ -201,11 +206,21 @@ class ServeConfig(_Shown):
             raise ConfigError(f"port must be at most 65535, you gave {self.port}.")
         for name, least in (("slots", 1), ("waiting", 0), ("max_body", 1), ("keep", 1)):
             check_count(name, getattr(self, name), least)
-        for name in ("resident", "max_stream_tokens", "max_per_key"):
+        for name, least in (("max_system", 0), ("resident", 2), ("max_stream_tokens", 1), ("max_per_key", 1)):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), 1)
+                check_count(name, getattr(self, name), least)
         _at_least("idle", self.idle, 0)
         _at_least("drain_seconds", self.drain_seconds, 0)
+
+    def columns(self, capacity: int, sinks: int, window: int) -> int:
+        """Tokens that a slot must hold.
+
+        Args:
+            capacity: what a stream without instructions caches.
+            sinks, window: of its cache.
+        """
+        room = min(MOST_SYSTEM, window // 2) if self.max_system is None else self.max_system
+        return capacity + max(0, room - sinks)
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -36,7 +36,14 @@ BLINK = 0.2
 REPORT_SECONDS = 30.0
 """Between two lines about a long work, where there is no terminal to draw a bar on."""
 
+_CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+def harmless(text: str) -> str:
+    """A text that does nothing to a terminal but to be read: what a model or a file says must not steer it."""
+    return text.translate(_CONTROL)
 
 
 def quit_now(number: int, _frame: FrameType | None = None) -> None:
@@ -346,6 +353,10 @@ class Answer:
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
         return False
+
+    def shown(self, text: str) -> str:
+        """A text as it may be written: on a terminal a harmless one, elsewhere the text itself."""
+        return harmless(text) if self.is_terminal else text
 
     def table(self, rows: Sequence[tuple[str, ...]]) -> None:
         """Write aligned columns; the last one may be long."""

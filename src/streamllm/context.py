@@ -175,15 +175,23 @@ class Context:
         self.residents = Residents(before=tokens)
         self.residents.begin(first, len(self.template.head))
 
+    def reopen(self, transcript: Transcript) -> None:
+        """Know what was in the window of a conversation that is read as a whole at each turn, before the next one."""
+        last = transcript.last()
+        if last is not None:
+            ids, first = self.whole(transcript, last.preface + last.user, last.number)
+            self.forget(transcript.tokens() - len(ids) - last.reply_tokens, first)
+
     # ---- on disk
 
-    def metadata(self, last: TurnRow | None) -> dict[str, Any]:
-        """What a saved stream must know to go on, ready for JSON; ``last``: the turn up to which it has come."""
+    def metadata(self, transcript: Transcript) -> dict[str, Any]:
+        """What a saved stream must know to go on, ready for JSON."""
+        number, id, tokens, finish = transcript.tip()
         return {
-            "turn": last.number if last else 0,
-            "id": last.id if last else 0,
-            "tokens": last.reply_tokens if last else 0,
-            "finish": last.finish if last else None,
+            "turn": number,
+            "id": id,
+            "tokens": tokens,
+            "finish": finish,
             "residents": self.residents.state(),
             "head": self.template.head,
         }
@@ -223,17 +231,20 @@ class Context:
     def _new_cache(self, template: ChatTemplate) -> SinkCache:
         """An empty cache with room for the pinned head."""
         asked, head = self.asked, len(template.head)
+
+        def made(sinks: int) -> SinkCache:
+            return SinkCache(self.model, sinks, asked.window, asked.block, kv_dtype=asked.kv_dtype)
+
+        if head <= asked.sinks:
+            return made(asked.sinks)
+        window = made(asked.sinks).config.window or 0  # as it would be without the prompt
+        sizes = f"The system prompt has {head} tokens, the window {window}"
         try:
-            cache = SinkCache(self.model, max(asked.sinks, head), asked.window, asked.block, kv_dtype=asked.kv_dtype)
+            cache = made(head)
         except ConfigError as error:
-            if head <= asked.sinks:
-                raise
-            raise ConfigError(f"The system prompt has {head} tokens, which do not fit: {error}") from error
-        window = cache.config.window or 0
-        if head > max(asked.sinks, window):
-            raise ConfigError(
-                f"The system prompt has {head} tokens, the window {window}: shorten it, or give a larger window."
-            )
+            raise ConfigError(f"{sizes}: shorten the prompt, for both do not fit into the model. {error}") from error
+        if head > (cache.config.window or 0):
+            raise ConfigError(f"{sizes}: shorten it, or give a larger window.")
         return cache
 
 

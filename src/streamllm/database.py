@@ -58,6 +58,7 @@ class Database:
         self._application = application
         self._format = format
         self._is_read_only = read_only
+        self._is_closed = False
         is_new = path is None or (not read_only and self._create(path)) or not self._probe(path)
         if read_only and (path is None or is_new):
             raise StateError(f"There is nothing in {path} to look at; open it to write first.")
@@ -135,6 +136,7 @@ class Database:
         """Write the log back and let go of the file; closing twice is allowed."""
         with self._sentences():
             self._connection.close()
+        self._is_closed = True
 
     # ---- opening
 
@@ -201,6 +203,8 @@ class Database:
             if code in _DAMAGED and self.path:
                 raise self._damaged(error) from error
             what = self.path or "the temporary database"
+            if self._is_closed:
+                raise StateError(f"Cannot use {what}: it is closed; open it again.") from error
             raise StateError(f"Cannot use {what}: {error}; {_NEXT.get(code, 'look at the file')}.") from error
 
     def _damaged(self, reason: object) -> StateError:

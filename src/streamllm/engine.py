@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -107,7 +109,6 @@ class Engine:
         self._slots = None
         if reason is None:
             self._slots = Slots(model, count, self.columns, compiles=compile, note=note)
-            self._prepare(self._slots)
         elif compile:
             self._note(NOT_COMPILED.format(reason) + ".")
         self._changed = threading.Condition()
@@ -127,8 +128,15 @@ class Engine:
         self._submitted = self._finished = self._failed = self._read = self._generated = self._repeated = 0
         self._step_s = self._token_s = 0.0  # what a step and one token of a prompt have taken lately
         self._is_closing = self._is_draining = self._is_blamed = False
+        self._why_closed = "The engine is closing and takes no more streams."
+        self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._work, name="streamllm-engine", daemon=True)
         self._thread.start()
+        try:
+            self._ready.result()
+        except BaseException:  # Ctrl-C too
+            self._is_closing = True
+            raise
 
     # ---- for its users
 
@@ -149,7 +157,8 @@ class Engine:
 
         Args:
             prompt, max_tokens, sampling, stop, on_end, cache, decoder, logprobs: as of ``stream``; the prompt is whole.
-            stop_when: looks at each chunk and ends the stream by saying ``True``.
+            stop_when: looks at each chunk and ends the stream by saying ``True``; called in the engine's thread, where
+                it holds up all streams.
 
         Raises:
             BusyError: too many streams wait, or the engine is closing.
@@ -198,7 +207,7 @@ class Engine:
         """
         with self._changed:
             if self._is_closing or self._is_draining:
-                raise BusyError("The engine is closing and takes no more streams.")
+                raise BusyError(self._why_closed)
             if len(self._places.all()) >= self._most:
                 raise BusyError(
                     f"{self._most} streams are here already, {self._places.count} of them in slots: wait until one is "
@@ -226,13 +235,22 @@ class Engine:
         """Take no more streams and wait until all that are not suspended are done; whether they are, in time (s).
 
         A stream that nobody reads does not get done.
+
+        Raises:
+            RuntimeError: ``stop_when`` calls it.
         """
+        self._refuse_own_thread("drain")
         with self._changed:
             self._is_draining = True
             return self._changed.wait_for(lambda: not self._places.queue and not self._places.active, timeout)
 
     def close(self) -> None:
-        """End what is left, and stop the thread. A stream that is on disk stays there: its error says where."""
+        """End what is left, and stop the thread. A stream that is on disk stays there: its error says where.
+
+        Raises:
+            RuntimeError: ``stop_when`` calls it.
+        """
+        self._refuse_own_thread("close")
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -244,14 +262,22 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _refuse_own_thread(self, name: str) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(f"{name}() waits for the thread that calls stop_when: call it from another thread.")
+
     def _new_cache(self) -> SinkCache:
         config = self.config
         known = getattr(self, "_spec", self.model)  # the model is looked at once
         return SinkCache(known, config.sinks, config.window, config.block, 1, config.reread, config.kv_dtype)
 
-    def _prepare(self, slots: Slots) -> None:
-        """Compile for all numbers of streams before the first comes, not in the middle of others."""
-        if not slots.compiles:
+    def _prepare(self) -> None:
+        """Compile for all numbers of streams before the first comes, not in the middle of others.
+
+        A graph of an accelerator is recorded by the thread that replays it, so that is the engine's.
+        """
+        slots = self._slots
+        if slots is None or not slots.compiles:
             return
         cache = self._new_cache()
         with torch.no_grad():
@@ -264,6 +290,12 @@ class Engine:
 
     def _work(self) -> None:
         """Serve until closed."""
+        try:
+            self._prepare()
+        except BaseException as unready:  # whoever makes the engine is told
+            self._ready.set_exception(unready)
+            return
+        self._ready.set_result(None)
         error: BaseException | None = None
         try:
             while not self._is_closing:
@@ -278,6 +310,9 @@ class Engine:
             error = unforeseen
         with self._changed:
             self._is_closing = True
+            if error is not None:
+                why = f"{type(error).__name__}, {str(error)[:100].strip()}"
+                self._why_closed = f"The engine has stopped by a mistake of its own: {why}; make another one."
         for request in self._places.all():
             path = self._places.files.pop(request.id, None)
             closed = BusyError("The engine was closed." + ("" if path is None else f" The stream is in {path}."))
@@ -323,6 +358,7 @@ class Engine:
 
     def _finish(self, request: Request, error: BaseException | None = None) -> None:
         """End a stream, well or not; raises nothing."""
+        _let_go(error)
         failed = self._places.leave(request)
         error = error or failed
         self._pieces.pop(request.id, None)
@@ -423,10 +459,9 @@ class Engine:
     def _draw(self, requests: list[Request], rows: list[Tensor]) -> Sequence[int | Exception]:
         """An id for each stream, or why there is none."""
         samplers = [r.turn.sampler for r in requests]
-        try:
+        with contextlib.suppress(Exception):  # no memory for all of them at once
             return draw(torch.stack(rows), samplers) if rows else []
-        except Exception:  # no memory for all of them at once
-            return [_one(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
+        return [_one(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
 
     def _show(self, requests: list[Request], drawn: Sequence[int | Exception], rows: list[Tensor]) -> None:
         """Hand each stream the token that was drawn from its row of logits."""
@@ -439,7 +474,12 @@ class Engine:
                 self._generated += 1
                 request.tokens_in_slot += 1
                 is_enough = request.stop_when is not None and request.stop_when(chunk)
-            except Exception as error:
+            except (StopIteration, StopAsyncIteration) as error:  # whoever iterates would take it for the end
+                failure = RuntimeError(f"stop_when raised {type(error).__name__}")
+                failure.__cause__ = error
+                self._finish(request, failure)
+                continue
+            except BaseException as error:  # of the callback; Ctrl-C comes to another thread
                 self._finish(request, error)
                 continue
             request.push(chunk)
@@ -453,6 +493,15 @@ def _one(row: Tensor, sampler: Sampler) -> int | Exception:
         return sampler(row)
     except Exception as error:
         return error
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what an error that is kept holds: its traceback has the variables of all that ran, tensors among them."""
+    known: set[int] = set()
+    while error is not None and id(error) not in known:
+        known.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _made(folder: Path) -> Path:

@@ -64,6 +64,7 @@ class Keeper:
             put("fingerprint", fingerprint)
         if is_new or is_new_system:
             put("system", self.context.template.system)
+        if options != self.transcript.get("template", None):
             put("template", options)
         if json.loads(json.dumps(dataclasses.asdict(sampling))) != self.transcript.get("sampling"):
             put("sampling", dataclasses.asdict(sampling))
@@ -77,11 +78,16 @@ class Keeper:
         context = self.context
         if self.session is None or not context.template.is_incremental or not self.scribe.is_whole:
             return
-        chat, state = context.metadata(self.transcript.last()), self.session.state
+        chat, state = context.metadata(self.transcript), self.session.state
         try:
             save_state(state, context.cache, sampler=context.sampler, metadata={"chat": chat}, private=True)
         except StateError as error:
-            self.notes.append(f"{error} The transcript has everything; going on will take a little longer.")
+            self.tell(f"{error} The transcript has everything; going on will take a little longer.")
+
+    def tell(self, note: str) -> None:
+        """Note what a person should be told, once: what goes wrong at every turn is one note."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     def rebuild(self) -> None:
         """Read the newest turns that fit into the window anew."""
@@ -107,6 +113,8 @@ class Keeper:
                 raise StateError("The session has other instructions from here on.")  # noqa: TRY301
             if self.context.template.is_incremental:
                 self._restore(sampling, banned)
+            else:
+                self.context.reopen(self.transcript)
         except (StateError, KeyError, TypeError, ValueError) as error:
             said = str(error) if isinstance(error, StateError) else f"The saved state is damaged ({error!r})."
             self.notes.append(f"{said} The window was read anew from the transcript.")
@@ -151,7 +159,7 @@ def settled_cache(transcript: Transcript, given: dict[str, Any]) -> CacheConfig:
     for name, value in chosen.items():
         if value != stored.get(name):
             raise ConfigError(
-                f"{name}={value} contradicts the session, which was made with {stored.get(name)}: leave "
-                "it out, or begin another session."
+                f"{name}={value} contradicts the session, which was made with "
+                f"{stored.get(name) or 'the largest that fits'}: leave it out, or begin another session."
             )
     return CacheConfig(**stored)

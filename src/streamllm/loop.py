@@ -58,6 +58,11 @@ class Chunk:
     document_end: bool = False
     logprobs: Logprobs | None = None
 
+    @property
+    def shown(self) -> str:
+        """The text, with a blank line where a document ended and another one follows."""
+        return f"{self.text}\n\n" if self.document_end else self.text
+
 
 def stream(
     model: PreTrainedModel,

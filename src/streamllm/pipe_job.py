@@ -101,7 +101,7 @@ class PipeJob:
                 try:
                     for chunk, line in self._answers(pipe, waiting, screen, signals):
                         last = chunk
-                        if not answer.write(line + "\n"):
+                        if not answer.write(answer.shown(line) + "\n"):
                             break
                 except InputError as found:
                     error = InputError(f"{found} --on-error skip leaves such records out.")

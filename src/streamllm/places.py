@@ -206,7 +206,9 @@ class Places:
 
     def _make_room(self) -> bool:
         """Put caches on disk, those first that get a slot last, until one more fits into memory; whether it does."""
-        for request in [*reversed(self.apart), *reversed(self.queue)]:
+        with self._changed:  # others are added to the queue meanwhile
+            last_first = [*reversed(self.apart), *reversed(self.queue)]
+        for request in last_first:
             if self._folder is None or self.in_memory() < self._most_apart:
                 break
             if not self._needs_room(request) and not request.is_held:

@@ -75,16 +75,24 @@ class _Lap(NamedTuple):
 def race(scores: Tensor, configs: Sequence[SamplingConfig], generators: Sequence[torch.Generator]) -> list[int | None]:
     """Draw one id from each row of float32 ``scores`` [B, V], by its own settings and random numbers.
 
-    ``None`` stands for a row that holds nan or infinity, or nothing but -inf. Greedy rows take no random numbers.
+    ``None`` stands for a row that holds nan or infinity, or nothing but -inf. Greedy rows take no random numbers. If
+    the memory does not suffice, nobody's are spent: whoever draws again draws the same.
     """
     together = len(configs)
     if scores.device.type == "cpu":
         together = max(1, CPU_SCORES // scores.shape[-1])
     drawn: list[int | None] = []
-    for begin in range(0, len(configs), together):
-        part = slice(begin, begin + together)
-        noise = make_noise(scores[part], configs[part], generators[part])
-        drawn += winners(scores[part], configs[part], noise)
+    drawing = [generator for config, generator in zip(configs, generators, strict=True) if not _is_greedy(config)]
+    before = [generator.get_state() for generator in drawing]
+    try:
+        for begin in range(0, len(configs), together):
+            part = slice(begin, begin + together)
+            noise = make_noise(scores[part], configs[part], generators[part])
+            drawn += winners(scores[part], configs[part], noise)
+    except BaseException:
+        for generator, state in zip(drawing, before, strict=True):
+            generator.set_state(state)
+        raise
     return drawn
 
 

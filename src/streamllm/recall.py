@@ -207,6 +207,15 @@ def matching(
     return [chosen[id] for id in sorted(chosen)]
 
 
+def fitting(passages: Sequence[Passage], *, count: Callable[[str], int], budget_tokens: int) -> list[Passage]:
+    """As many of ``passages``, those that come first before others, as ``quote`` has room for within the budget."""
+    chosen: list[Passage] = []
+    for passage in passages:
+        if count(quote([*chosen, passage])) <= budget_tokens:
+            chosen.append(passage)
+    return chosen
+
+
 def quote(passages: Sequence[Passage]) -> str:
     """What is put in front of a user's text: the passages, each on a line with its turn; empty if there are none."""
     if not passages:

@@ -7,7 +7,7 @@ still while it is saved. Knows nothing of turns or files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from streamllm.loop import Chunk
 from streamllm.request import Request
@@ -16,7 +16,8 @@ from streamllm.request import Request
 class Submitter(Protocol):
     """Generates streams side by side: an ``Engine``."""
 
-    def submit(self, prompt: Any, **options: Any) -> Request:
+    @property
+    def submit(self) -> Callable[..., Request]:
         """Queue a stream; see ``Engine.submit``."""
 
     def look_for_room(self) -> None:

@@ -103,15 +103,15 @@ class Reply(Iterator[Chunk]):
         turn: int,
         read: int,
         recalled: tuple[Passage, ...],
-        oldest: int,
-        evicted: int,
+        before: tuple[int, int, int],
     ) -> None:
         self.turn, self.read, self.recalled = turn, read, recalled
-        self.oldest, self.evicted = oldest, evicted  # oldest turn in the window and tokens evicted, when it began
+        self.oldest, self.evicted, self.seen = before  # oldest turn in the window, tokens evicted and seen before it
         self.finish: str | None = None
         self.generated = 0
         self.cancel: Callable[[], None] | None = None  # of what generates it beside others
         self._is_stopped = False
+        self._reader: threading.Thread | None = None
         self._listener, self._begin = listener, begin
         self._chunks: Iterator[Chunk] | None = None
         self._began = time.perf_counter()
@@ -122,14 +122,15 @@ class Reply(Iterator[Chunk]):
 
     def __next__(self) -> Chunk:
         with self._listener.lock:
+            self._reader = threading.current_thread()
             return self._next()
 
     def _next(self) -> Chunk:
+        if self._is_stopped:
+            self.close()
         if self.finish is not None:
             raise StopIteration
         try:
-            if self._is_stopped:
-                raise StopIteration
             if self._chunks is None:
                 self._chunks = self._begin()
             chunk = next(self._chunks)
@@ -144,6 +145,12 @@ class Reply(Iterator[Chunk]):
         return chunk
 
     @property
+    def is_read_elsewhere(self) -> bool:
+        """Whether it goes on, and another thread than this one reads it."""
+        reader = self._reader
+        return self.finish is None and reader not in (None, threading.current_thread()) and reader.is_alive()
+
+    @property
     def seconds(self) -> float:
         """Seconds since the turn began."""
         return time.perf_counter() - self._began
@@ -155,8 +162,8 @@ class Reply(Iterator[Chunk]):
             return self._record or self._listener.measure(self)
 
     def text(self) -> str:
-        """The rest of the reply."""
-        return "".join(chunk.text for chunk in self)
+        """The rest of the reply, with blank lines where documents ended."""
+        return "".join(chunk.shown for chunk in self)
 
     def stop(self) -> None:
         """Break the reply off from another thread, without waiting: whoever iterates over it comes to its end."""

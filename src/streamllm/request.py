@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from types import TracebackType
 from typing import Literal
 
 from streamllm.cache import SinkCache
@@ -53,6 +54,7 @@ class Request:
         self._wake = wake
         self._worker = worker
         self._changed = threading.Condition()
+        self._trace: TracebackType | None = None  # of the error
         self._chunks: deque[Chunk] = deque()
         self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
@@ -175,6 +177,7 @@ class Request:
         """Nothing more comes."""
         with self._changed:
             self.error, self.state = error, "done"
+            self._trace = None if error is None else error.__traceback__
             self._tell()
 
     def _pop(self) -> Chunk | None:
@@ -186,7 +189,7 @@ class Request:
                 self._wake()
             return chunk
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(self._trace)  # or it grows each time
         return None
 
     def _tell(self) -> None:

@@ -85,9 +85,11 @@ class Sampler:
         """Remember ``token`` instead of the id that was drawn last."""
         self.recent[-1] = self.drawn[-1] = token
 
-    def begin_anew(self) -> None:
-        """Begin the random numbers of the seed anew."""
-        self._generator.manual_seed(self.seed)
+    def follow(self, other: Sampler, *, numbers: bool) -> None:
+        """Remember what ``other`` has seen, and go on with its random ``numbers`` if they are wanted."""
+        self.recent = deque(other.recent, self.recent.maxlen)
+        if numbers:
+            self._generator.set_state(other._generator.get_state())
 
     def state(self) -> dict[str, Any]:
         """Return all that is needed to go on with the same draws, ready for JSON."""

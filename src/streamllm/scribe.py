@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from streamllm.context import Context
 from streamllm.detokenize import PRIME_TAIL, Decoder
-from streamllm.loop import Chunk
+from streamllm.loop import Chunk, end_ids
 from streamllm.transcript import Transcript
 
 TAIL = 64
@@ -56,7 +56,7 @@ class Scribe:
         Raises:
             StateError: it cannot be written; ``settle`` will try again.
         """
-        self._text, self._ids = chunk.text, [] if chunk.id is None or chunk.finish == "end" else [chunk.id]
+        self._text, self._ids = chunk.shown, [] if chunk.id is None or chunk.finish == "end" else [chunk.id]
         if chunk.finish:
             self._end = (chunk.finish, chunk.id if chunk.finish == "end" else None)
         self.transcript.write(self._text, self._ids)
@@ -109,10 +109,13 @@ class Scribe:
         if last is None or not last.reply_tokens:
             return
         ids = self.transcript.reply_ids(last.number)[-TAIL:]
+        ends = end_ids(self.context.model, self.context.tokenizer)
+        passed = max((place for place, id in enumerate(ids, 1) if id in ends), default=0)
+        ids = ids[passed:]  # nothing was held back where a document ended
         decoder = Decoder(self.context.tokenizer)
         tail = "".join(map(decoder.push, ids)).lstrip("\N{REPLACEMENT CHARACTER}")
         known = next((end for end in range(len(tail), 0, -1) if last.reply.endswith(tail[:end])), 0)
-        if known or not last.reply:
+        if known or not last.reply or (passed and last.reply.endswith("\n\n")):
             self.transcript.write(tail[known:], [])
 
     def decoder(self) -> Decoder:

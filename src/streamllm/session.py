@@ -31,7 +31,7 @@ from streamllm.relay import Submitter, relay
 from streamllm.reply import Reply, TurnRecord
 from streamllm.sampling import Sampler
 from streamllm.scribe import Scribe
-from streamllm.sessions import Session
+from streamllm.sessions import Session, delete_session
 from streamllm.snapshots import Snapshots
 from streamllm.stats import Stats
 from streamllm.template import ChatTemplate
@@ -58,18 +58,17 @@ class Manner(TypedDict, total=False):
     Args:
         max_tokens: of this reply.
         sampling: how to draw it. With a seed, its random numbers begin anew.
-        stop, on_end: as of ``stream``.
+        stop, on_end, logprobs: as of ``stream``.
         progress: told the tokens that the cache has seen, after each step of reading a long text; what it raises breaks
             the reply off. An engine does not tell.
-        logprobs: as of ``stream``.
     """
 
     max_tokens: int | None
     sampling: SamplingConfig
     stop: Sequence[str]
     on_end: OnEnd
-    progress: Callable[[int], None] | None
     logprobs: int | None
+    progress: Callable[[int], None] | None
 
 
 class Chat:
@@ -132,7 +131,7 @@ class Chat:
         self._engine = engine
         self._reply: Reply | None = None
         self._is_closed = False
-        self._quoted: dict[int, set[int]] = {}  # ids of passages by the turn that they stand in front of
+        self._own: Sampler | None = None  # that of the conversation, while a reply is drawn in another manner
         self._stats: Stats | None = None
         self._snapshots = Snapshots(snapshots)
         self._on_end: OnEnd = on_end
@@ -281,6 +280,7 @@ class Chat:
                 raise InputError("The message is empty; say something, or go on with a reply that was cut off.")
             self._look_for_room()
             self._settle()
+            before = self._before()
             found = tuple(self._recalled(text) if recall is None else recall)
             content = quote(found) + text
             number, context = self.turns + 1, self._context
@@ -297,8 +297,7 @@ class Chat:
                 self.transcript.begin(text, preface=quote(found), prompt_ids=ids, count=self._count)
                 context.forget(self.transcript.tokens() - len(ids), first)
                 context.enter(number, 0, len(ids))
-            self._quoted[number] = {passage.id for passage in found}
-            return self._answer(number, ids, found, manner)
+            return self._answer(number, ids, found, manner, before)
 
     def tell(self, turns: Iterable[tuple[str, str]]) -> None:
         """Take over what was said elsewhere: it is streamed through the window once, and not answered.
@@ -337,19 +336,24 @@ class Chat:
         """
         with self._alone():
             self._look_for_room()
+            last = self._reply
+            found = last.recalled if last is not None and last.turn == self.turns else ()
             self._settle()
             if not self.can_resume:
-                raise CacheError("There is no reply that was cut off; send the next message, or regenerate() the last.")
+                raise CacheError(
+                    "There is no reply that was cut off; send the next message, or regenerate() the last (/regen)."
+                )
+            before = self._before()
             self._keeper.make_whole()
             ids = None
             if not self.template.is_incremental and not self.cache.tokens_seen:
-                last = self.transcript.turn(self.turns)
-                ids, first = self._context.whole(self.transcript, last.preface + last.user, last.number)
-                ids += self.transcript.reply_ids(last.number)
+                row = self.transcript.turn(self.turns)
+                ids, first = self._context.whole(self.transcript, row.preface + row.user, row.number)
+                ids += self.transcript.reply_ids(row.number)
                 self._context.forget(self.transcript.tokens() - len(ids), first)
-                self._context.enter(last.number, 0, len(ids))
+                self._context.enter(row.number, 0, len(ids))
             self.transcript.reopen()
-            return self._answer(self.turns, ids, (), manner, self._scribe.decoder())
+            return self._answer(self.turns, ids, found, manner, before, self._scribe.decoder())
 
     def undo(self, turns: int = 1, *, rebuild: bool = False) -> None:
         """Take the last turns back.
@@ -372,7 +376,7 @@ class Chat:
                 possible = "no turn can be taken back exactly" if oldest is None else f"turns from {oldest} on can be"
                 raise CacheError(
                     f"Turn {first} cannot be taken back exactly, its snapshot is not kept; {possible}. With "
-                    "rebuild=True (/undo rebuild) the window is read anew from the transcript."
+                    f"rebuild=True (/undo {turns} rebuild) the window is read anew from the transcript."
                 )
             self._take_back(turns)
             snapshot = self._snapshots.take(first)
@@ -407,8 +411,10 @@ class Chat:
                 raise InputError("The message is empty; say something else.")
             self._look_for_room()
             self.template.whole([{"role": "user", "content": said}])  # or it would be found out too late
+            last = self._reply
+            found = last.recalled if text is None and last is not None and last.turn == turn == self.turns else None
             self.undo(self.turns - turn + 1, rebuild=rebuild)
-            return self.send(said, **manner)
+            return self.send(said, recall=found, **manner)
 
     def clear(self) -> None:
         """Begin anew; the transcript of a session keeps what was said, as taken back."""
@@ -428,7 +434,9 @@ class Chat:
         """
         with self._alone():
             self._settle()
-            self._context.change(ChatTemplate(self.tokenizer, text, **self._options))
+            known, template = self.template.notes, ChatTemplate(self.tokenizer, text, **self._options)
+            self._context.change(template)
+            self.notes += [note for note in template.notes if note not in known]
             self.transcript.put("system", text)
             self._keeper.rebuild()
             self._keeper.save()
@@ -461,24 +469,24 @@ class Chat:
                 else:
                     self.transcript.copy_into(other.session.transcript)
                     other.transcript = other.session.transcript
+                other.lock, other.notes, other._reply, other._is_closed = threading.RLock(), [], None, False
+                other._scribe = Scribe(other.transcript, other._context)
+                other._snapshots = self._snapshots.copy()
+                other._index = self._make_index(other.transcript)
+                other._keeper = Keeper(other.session, other._context, other._scribe, other._snapshots, other.notes)
+                if turns is not None and turns < self.turns:
+                    other.undo(self.turns - turns, rebuild=True)
+                other._keeper.save()
             except BaseException:
                 if other.session is not None:
                     other.session.close()
+                    delete_session(other.session.name, other.session.path.parent)
                 raise
-            other.lock, other.notes, other._reply, other._is_closed = threading.RLock(), [], None, False
-            other._quoted = dict(self._quoted)
-            other._scribe = Scribe(other.transcript, other._context)
-            other._snapshots = self._snapshots.copy()
-            other._index = self._make_index(other.transcript)
-            other._keeper = Keeper(other.session, other._context, other._scribe, other._snapshots, other.notes)
-            if turns is not None and turns < self.turns:
-                other.undo(self.turns - turns, rebuild=True)
-            other._keeper.save()
             return other
 
     def close(self) -> None:
         """End a reply that goes on, save the session, and let it go; a second time does nothing."""
-        with self._alone():
+        with self._alone(by_force=True):
             if self._is_closed:
                 return
             self._is_closed = True
@@ -511,19 +519,21 @@ class Chat:
     def ended(self, reply: Reply) -> None:
         """``reply`` has ended; if that cannot be written, it is tried again before anything else is said."""
         self._scribe.ended()
+        self._draw_as_before()
         try:
             self._scribe.settle()
         except StateError as error:
-            self.notes.append(f"{error} What is missing in the transcript is written before the next turn.")
+            self._keeper.tell(f"{error} What is missing in the transcript is written before the next turn.")
         else:
             self._keeper.save()
 
     def measure(self, reply: Reply) -> TurnRecord:
         """The record of ``reply`` at this moment."""
         oldest, evicted = self._context.oldest, self.tokens_evicted
+        is_read = reply.generated or reply.finish is None  # else it was broken off before the first token
         return TurnRecord(
             turn=reply.turn,
-            tokens_read=reply.read,
+            tokens_read=reply.read if is_read else min(reply.read, max(0, self.tokens_seen - reply.seen)),
             tokens_generated=reply.generated,
             tokens_seen=self.tokens_seen,
             tokens_cached=self.cache.tokens_cached,
@@ -540,11 +550,13 @@ class Chat:
     # ---- inside
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Refuse a second thread, unless the first has done in a moment."""
+    def _alone(self, *, by_force: bool = False) -> Iterator[None]:
+        """Refuse a second thread, unless the first has done in a moment; ``by_force``: break its reply off."""
         if not self.lock.acquire(timeout=PATIENCE):
             raise BusyError("Another thread is using this conversation; wait for it, or fork() the conversation.")
         try:
+            if not by_force and self._reply is not None and self._reply.is_read_elsewhere:
+                raise BusyError("Another thread reads a reply of this conversation; wait for its end, or stop() it.")
             yield
         finally:
             self.lock.release()
@@ -555,13 +567,21 @@ class Chat:
             self._reply.close()
         if self._scribe.settle():
             self._keeper.save()
-        self._draw_by(self._sampling, self._on_end)
+        sampler, banned = self._context.sampler, self._banned(self._on_end)
+        if (sampler.config, list(sampler.banned)) != (self._sampling, banned):
+            self._context.sampler = sampler.changed(self._sampling, banned)
 
     def _draw_by(self, config: SamplingConfig, on_end: OnEnd) -> None:
-        """Draw in another manner from now on; the random numbers go on unless the seed is another."""
-        sampler, banned = self._context.sampler, self._banned(on_end)
-        if (sampler.config, list(sampler.banned)) != (config, banned):
-            self._context.sampler = sampler.changed(config, banned)
+        """Draw one reply in another manner: by the conversation's random numbers, unless it has a seed of its own."""
+        self._own = self._context.sampler
+        self._context.sampler = Sampler(config, device=self.model.device, banned=self._banned(on_end))
+        self._context.sampler.follow(self._own, numbers=config.seed is None)
+
+    def _draw_as_before(self) -> None:
+        """Draw in the conversation's manner again."""
+        if self._own is not None:
+            drawn, self._context.sampler, self._own = self._context.sampler, self._own, None
+            self._context.sampler.follow(drawn, numbers=drawn.config.seed is None)
 
     def _take_back(self, turns: int) -> None:
         """Take turns back in the transcript."""
@@ -585,16 +605,15 @@ class Chat:
         ids: list[int] | None,
         found: tuple[Passage, ...],
         manner: Manner,
+        before: tuple[int, int, int],
         decoder: Decoder | None = None,
     ) -> Reply:
-        """The reply that comes after ``ids`` are read."""
-        on_end = manner.get("on_end", self._on_end)
-        if (sampling := manner.get("sampling")) is not None:
+        """The reply that comes after ``ids`` are read; ``before``: see ``_before``."""
+        on_end, sampling = manner.get("on_end", self._on_end), manner.get("sampling")
+        if sampling is not None:
             self._draw_by(sampling, on_end)
-            if sampling.seed is not None:
-                self._context.sampler.begin_anew()
         elif on_end != self._on_end:
-            self._draw_by(self._sampling, on_end)
+            self._draw_by(self._sampling.replace(seed=None), on_end)
         most = manner.get("max_tokens")
         options: dict[str, Any] = {
             "cache": self.cache,
@@ -605,7 +624,6 @@ class Chat:
             "decoder": decoder,
             "logprobs": manner.get("logprobs"),
         }
-        oldest, evicted = self._context.oldest, self.tokens_evicted
         self._scribe.begin()
 
         def begin() -> Iterator[Chunk]:
@@ -617,9 +635,13 @@ class Chat:
             progress = manner.get("progress")
             return stream(self.model, self.tokenizer, ids, compile=self.compile, progress=progress, **options)
 
-        reply = Reply(self, begin, turn=number, read=len(ids or ()), recalled=found, oldest=oldest, evicted=evicted)
+        reply = Reply(self, begin, turn=number, read=len(ids or ()), recalled=found, before=before)
         self._reply = reply
         return reply
+
+    def _before(self) -> tuple[int, int, int]:
+        """Where the conversation stands: the oldest turn in the window, tokens evicted, tokens seen."""
+        return self._context.oldest, self.tokens_evicted, self.tokens_seen
 
     def _spilt(self, reply: Reply, chunk: Chunk) -> None:
         """A chunk came before its reply was broken off, and is part of it: whoever broke it off has not seen it."""
@@ -656,9 +678,8 @@ class Chat:
         budget = min(BUDGET_TOKENS, self._context.window // RECALL_SHARE)
         found = matching(self._index, text, self._context.place, count=self._count, budget_tokens=budget)
         # What stands in front of a turn that is in the window is in the window, too.
-        self._quoted = {turn: ids for turn, ids in self._quoted.items() if self._context.oldest <= turn <= self.turns}
-        quoted = set().union(*self._quoted.values())
-        return [passage for passage in found if passage.id not in quoted]
+        quoted = "".join(self.transcript.prefaces(self._context.oldest)) if found else ""
+        return [passage for passage in found if quote([passage]).strip() not in quoted]
 
     def _count(self, text: str) -> int:
         """Tokens of a text."""

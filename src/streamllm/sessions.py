@@ -48,12 +48,12 @@ class Session:
         path: its folder.
         transcript: what was said, and the settings.
         state: the file of the stream; it may not exist.
-        is_new: whether nothing was there before.
+        is_new: whether nothing was said or set before.
 
     Raises:
         BusyError: another process, or this one, holds it already; the message names the pid.
         ConfigError: no session can be called so.
-        StateError: it is damaged, cannot be written, or is not there and not to be made.
+        StateError: it is damaged, has lost its transcript, cannot be written, or is not there and not to be made.
     """
 
     def __init__(self, name: str, *, create: bool = True, folder: Path | None = None) -> None:
@@ -63,8 +63,14 @@ class Session:
         self._hold = Hold(self.path, f"Session {name!r}")
         try:
             sweep_parts(self.state)
-            self.is_new = not (self.path / TRANSCRIPT).exists()
-            self.transcript = Transcript(self.path / TRANSCRIPT) if create else _transcript(self.path)
+            # A stream is only saved beside a transcript: without one, something was lost.
+            can_begin = create and not self.state.exists()
+            self.transcript = Transcript(self.path / TRANSCRIPT) if can_begin else _transcript(self.path)
+            try:
+                self.is_new = not self.transcript.count() and not self.transcript.settings()
+            except BaseException:
+                self.transcript.close()
+                raise
         except BaseException:
             self._hold.release()
             raise
@@ -246,9 +252,10 @@ def _make(name: str, folder: Path | None) -> Path:
 def _transcript(path: Path, *, read_only: bool = False) -> Transcript:
     """The transcript that is there."""
     file = path / TRANSCRIPT
-    if not file.exists():
+    if not file.exists() or (not file.stat().st_size and (path / STATE).exists()):
+        what = "empty" if file.exists() else "missing"
         raise StateError(
-            f"Session {path.name!r} has no transcript: {file} is missing; put it back, or delete the session."
+            f"Session {path.name!r} has no transcript: {file} is {what}; put it back, or delete the session."
         )
     return Transcript(file, read_only=read_only)
 

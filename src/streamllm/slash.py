@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from streamllm import strip
 from streamllm.chat_settings import NAMES, change, in_force
 from streamllm.checkpoint import size
 from streamllm.errors import ConfigError
+from streamllm.passages import Passage
 from streamllm.stats import grouped
 from streamllm.talk import Talk, glimpse, whose
 
@@ -152,8 +153,25 @@ def _recall(talk: Talk, words: str) -> None:
     found = talk.chat.search(words, limit=FOUND)
     for passage in found:
         talk.tell(f"{whose(passage)}: {' '.join(passage.text.split())}")
-    talk.found = found or None
-    talk.note("they go in front of the next message; /recall alone drops them" if found else "nothing was found")
+    talk.found = _fitting(talk, found) or None
+    if talk.found is None:
+        talk.note("none of them fits into a third of the window" if found else "nothing was found")
+        return
+    which = "they go" if len(talk.found) == len(found) else f"as many as fit, {len(talk.found)} of them, go"
+    talk.note(f"{which} in front of the next message; /recall alone drops them")
+
+
+def _fitting(talk: Talk, found: Sequence[Passage]) -> Sequence[Passage]:
+    """As many passages as a message may have in front of it, or they would drive each other out of the window."""
+    from streamllm.recall import fitting
+    from streamllm.session import RECALL_SHARE
+
+    chat = talk.chat
+
+    def count(text: str) -> int:
+        return len(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return fitting(found, count=count, budget_tokens=(chat.cache.config.window or 0) // RECALL_SHARE)
 
 
 # ---- what is in force
@@ -194,13 +212,19 @@ def _show(talk: Talk, _: str) -> None:
 def _stats(talk: Talk, _: str) -> None:
     record, stats = talk.chat.record, talk.chat.stats
     if record is None or stats is None:
-        talk.tell("there was no reply yet")
+        talk.tell("there is no reply yet since this began, or it was taken back")
         return
+    # Speeds are told with the first token; those of a reply that has none are not known.
+    read, generated = (
+        (f", {stats.prefill_tokens_per_s:.0f} tok/s", f", {stats.decode_tokens_per_s:.1f} tok/s")
+        if record.tokens_generated
+        else ("", "")
+    )
     talk.table(
         [
             ("turn", str(record.turn)),
-            ("read", f"{record.tokens_read} tokens, {stats.prefill_tokens_per_s:.0f} tok/s"),
-            ("generated", f"{record.tokens_generated} tokens, {stats.decode_tokens_per_s:.1f} tok/s"),
+            ("read", f"{record.tokens_read} tokens{read}"),
+            ("generated", f"{record.tokens_generated} tokens{generated}"),
             ("took", f"{record.seconds:.2f} s, ended by {record.finish or 'nothing'}"),
             ("seen", f"{grouped(record.tokens_seen)} tokens in the whole conversation"),
             ("cached", f"{grouped(record.tokens_cached)} tokens, {record.occupancy:.0%} of the cache"),
@@ -221,23 +245,30 @@ def _set(talk: Talk, text: str) -> None:
 
 
 def _save(talk: Talk, name: str) -> None:
+    _must_be_another(talk, name)
     talk.switch(talk.chat.fork(session=name))
     talk.note(f"kept from here on as {talk.place()}")
 
 
 def _fork(talk: Talk, name: str) -> None:
+    _must_be_another(talk, name)
     talk.chat.fork(session=name).close()
     talk.note(f"a copy is kept as session {name!r}; here it goes on as before")
 
 
 def _load(talk: Talk, name: str) -> None:
     chat = talk.chat
-    if chat.session is not None and chat.session.name == name:
-        raise ConfigError(f"This is session {name!r} already.")
+    _must_be_another(talk, name)
     if chat.session is None and chat.turns:
         raise ConfigError("This conversation is not kept: /save NAME keeps it, /clear gives it up; then /load.")
     talk.switch(talk.open_chat(name))
     talk.note(talk.place())
+
+
+def _must_be_another(talk: Talk, name: str) -> None:
+    """Refuse the name of the session that goes on; or it would be refused as one that another process has."""
+    if talk.chat.session is not None and talk.chat.session.name == name:
+        raise ConfigError(f"This is session {name!r} already.")
 
 
 def _bye(talk: Talk, _: str) -> None:

@@ -273,6 +273,8 @@ class Slots:
         except StreamLLMError as error:
             return str(error)
         except Exception as error:  # no compiler, no headers, no support: many kinds
+            if "InvalidCxxCompiler" in str(error):
+                return "torch finds no C++ compiler; install g++, or name one by CXX"
             is_file = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
             hint = "" if is_file else "; is a C++ compiler there?"
             return f"{type(error).__name__}, {str(error)[:100].strip()}{hint}"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from streamllm.console import Answer, Screen, Signals
+from streamllm.console import Answer, Screen, Signals, harmless
 from streamllm.run import TextLines, json_line, json_lines
-from streamllm.stats import grouped
+from streamllm.stats import Stats, grouped
 
 if TYPE_CHECKING:
     from streamllm.loop import Chunk
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 GLIMPSE_CHARS = 60
 """Characters of a text that are shown where it is only to be recognised."""
-
-_CONTROL = {code: "�" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
-"""A text must not steer the terminal that shows it."""
 
 
 class _Interrupted(Exception):  # noqa: N818 - no error
@@ -128,7 +126,7 @@ class Talk:
         if self._is_json:
             self.answer.write(json_line("record", **record.to_dict()))
         if self._shows_stats and self.chat.stats is not None:
-            self.screen.line(self.chat.stats.line(f"recalled {len(record.recalled)}"))
+            self.screen.line(_counted(self.chat.stats, record).line(f"recalled {len(record.recalled)}"))
             if record.evicted_now is not None:
                 self.screen.line(record.evicted())
         if record.finish == "interrupted":
@@ -168,7 +166,7 @@ class Talk:
 
     def shown(self, text: str) -> str:
         """A text as it may be written: nothing in it steers a terminal."""
-        return text.translate(_CONTROL) if self.answer.is_terminal else text
+        return self.answer.shown(text)
 
     # ---- conversations
 
@@ -187,12 +185,23 @@ class Talk:
         return f"{name}: {turns} so far{gone}"
 
 
+def _counted(stats: Stats, record: TurnRecord) -> Stats:
+    """Statistics as of the end of a turn; of one that was broken off before its first token no speed is known."""
+    stats = replace(
+        stats,
+        tokens_seen=record.tokens_seen,
+        tokens_cached=record.tokens_cached,
+        tokens_evicted=record.tokens_evicted,
+    )
+    return stats if record.tokens_generated else replace(stats, decode_tokens_per_s=0.0)
+
+
 def whose(passage: Passage) -> str:
     """Where a passage comes from, in words."""
     return f"turn {passage.turn}, {'you' if passage.role == 'user' else 'reply'}"
 
 
 def glimpse(text: str) -> str:
-    """The beginning of a text on one line."""
-    line = " ".join(text.split())
+    """The beginning of a text on one line; it may go to any terminal."""
+    line = " ".join(harmless(text).split())
     return line if len(line) <= GLIMPSE_CHARS else line[: GLIMPSE_CHARS - 1] + "…"

@@ -259,6 +259,20 @@ class Transcript:
         number = self.count()
         return self.turn(number) if number else None
 
+    def tip(self) -> tuple[int, int, int, str | None]:
+        """Number, id, tokens of the reply and ``finish`` of the newest turn; zeros if there is none."""
+        number = self.count()
+        if not number:
+            return 0, 0, 0, None
+        id, finish = self._turn(number, "id, finish")
+        (drawn,) = self.database.row("SELECT total(length(ids)) / 4 FROM passages WHERE turn_id = ?", id)
+        return number, id, int(drawn), finish
+
+    def prefaces(self, first: int) -> list[str]:
+        """What was put in front of the turns from number ``first`` on, where there was anything."""
+        query = "SELECT preface FROM turns WHERE number >= ? AND preface != '' ORDER BY number"
+        return [preface for (preface,) in self.database.rows(query, first)]
+
     def turns(self, first: int = 1, *, newest_first: bool = False) -> Iterator[TurnRow]:
         """The turns from number ``first`` on, one in memory at a time."""
         numbers = range(first, self.count() + 1)

@@ -248,7 +248,7 @@ def _page() -> tuple[str, str]:
 
 
 def content_policy(page: str) -> str:
-    """A policy by which only the scripts and styles that stand in the page itself are run, and nothing else is loaded."""
+    """A policy by which only what stands in the page itself is run, and nothing else is loaded."""
 
     def hashes(tag: str) -> str:
         found = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page, re.S | re.I)

@@ -163,10 +163,7 @@ def _checked(asked: ChatRequest) -> list[Message]:
         if asked.session_id is not None and message.role == "assistant":
             raise Refusal(400, "With session_id send the new turn only.", param=f"messages[{index}].role")
         is_begun |= not is_system
-    return [
-        Message("system" if each.role == "developer" else each.role, each.text)  # fmt: skip
-        for each in asked.messages
-    ]
+    return [Message("system" if m.role == "developer" else m.role, m.text) for m in asked.messages]
 
 
 def _held(

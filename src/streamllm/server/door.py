@@ -1,8 +1,8 @@
 """What every request passes before any route sees it, and its answer on the way out.
 
-Gives the request an id, looks at the host that it names (so that no page of elsewhere can reach a server of this machine
-under a name of its own), asks for a key, refuses what is too large before it is read, refuses all while the model is
-loaded or the server is leaving, and writes the journal. Knows ASGI, but neither models nor routes.
+Gives the request an id, looks at the host that it names (so that no page of elsewhere can reach a server of this
+machine under a name of its own), asks for a key, refuses what is too large before it is read, refuses all while the
+model is loaded or the server is leaving, and writes the journal. Knows ASGI, but neither models nor routes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The journal: one line of JSON for each request, on stderr. It has no contents of messages unless that is asked for."""
+"""The journal: a line of JSON for each request, on stderr, without what messages say unless that is asked for."""
 
 from __future__ import annotations
 

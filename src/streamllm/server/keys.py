@@ -1,7 +1,7 @@
 """API keys: who may come in, and whose sessions are whose.
 
-A key is compared in constant time with all keys, so that neither the time nor the order tells anything of one. Owners are
-known by a digest, which names their folder; no key is kept on disk.
+A key is compared in constant time with all keys, so that neither the time nor the order tells anything of one. Owners
+are known by a digest, which names their folder; no key is kept on disk.
 """
 
 from __future__ import annotations

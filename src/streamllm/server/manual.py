@@ -33,9 +33,9 @@ def manual(document: dict[str, Any]) -> str:
 
 
 def _operation(path: str, method: str, operation: dict[str, Any], document: dict[str, Any]) -> str:
-    rows = [
-        (each["name"], each["in"], each.get("description", "")) for each in operation.get("parameters", ())
-    ] + list(_fields(operation, document))
+    rows = [(each["name"], each["in"], each.get("description", "")) for each in operation.get("parameters", ())] + list(
+        _fields(operation, document)
+    )
     table = "".join(f"<tr><td><code>{escape(a)}</code><td>{escape(b)}<td>{escape(c)}" for a, b, c in rows)
     return (
         f"<h2><code>{method.upper()} {escape(path)}</code></h2><p><b>{escape(operation.get('summary', ''))}.</b> "

@@ -18,6 +18,7 @@ FINISHES = ("stop", "length", "interrupted")
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+_SHARES = (0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 1.0)
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 
 
@@ -36,11 +37,12 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Tokens that were read.")
         self.generation_tokens = counter("generation_tokens", "Tokens that were generated.")
         self.tokens_evicted = counter("tokens_evicted", "Tokens that have left a window.")
-        self.rebases = counter("rebases", "Times that the positions of a stream began anew.")
+        self.rebases = counter("rebases", "Replies in which the positions of a window began anew.")
         self.recalled_passages = counter("recalled_passages", "Passages that were put in front of a turn.")
         self.time_to_first_token = times("time_to_first_token_seconds", "From request to first token.", _SECONDS)
         self.inter_token_latency = times("inter_token_latency_seconds", "Between two tokens of a reply.", _TOKEN)
         self.queue_time = times("request_queue_time_seconds", "From request to the first work on it.", _LONG)
+        self.window_occupancy = times("window_occupancy", "Share of a cache in use after a reply.", _SHARES)
         self.e2e_latency = times("e2e_request_latency_seconds", "From request to the end of its reply.", _LONG)
         success = Counter(
             PREFIX + "request_success", "Replies that ended well.", ("finished_reason",), registry=self.registry

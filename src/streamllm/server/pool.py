@@ -35,6 +35,7 @@ class Berth:
         is_seated: it has, or is about to have, a chat in memory.
         used: when it was let go, by the monotonic clock.
         window: how its window was filled when that could be looked at last.
+        title: that the session is to get when it is let go.
     """
 
     key: Key
@@ -44,6 +45,7 @@ class Berth:
     is_seated: bool = False
     used: float = field(default_factory=time.monotonic)
     window: dict[str, int] | None = None
+    title: str | None = None
 
 
 class Pool:
@@ -89,11 +91,11 @@ class Pool:
             told = {"seen": stats.tokens_seen, "cached": stats.tokens_cached, "evicted": stats.tokens_evicted}
             return window | told
 
-    def chat(self, key: Key) -> Chat | None:
-        """A chat in memory, whoever has it; to be looked at under its lock only."""
+    def title(self, key: Key) -> str | None:
+        """The title that a session is to get when it is let go."""
         with self._changed:
             berth = self._berths.get(key)
-            return None if berth is None else berth.chat
+            return None if berth is None else berth.title
 
     # ---- having one
 
@@ -119,6 +121,15 @@ class Pool:
         with self._changed:
             berth.is_ending = True
             self._changed.notify_all()
+
+    def leave_title(self, key: Key, title: str) -> bool:
+        """Leave a title for a session that somebody has; whether they will see it."""
+        with self._changed:
+            berth = self._berths.get(key)
+            if berth is None or not berth.is_busy or berth.is_ending:
+                return False
+            berth.title = title
+            return True
 
     def release(self, berth: Berth) -> None:
         """Let go of a chat; it stays in memory if it is there."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from streamllm.archive import export_session, import_session
 from streamllm.errors import ConfigError, UnknownSessionError
-from streamllm.server.pool import PATIENCE
 from streamllm.server.rooms import Rooms, in_use
 from streamllm.server.shelf import checked_title, entitle
 from streamllm.server.views import SessionView, TurnView
@@ -84,7 +84,9 @@ class Registry:
         shelf = self._rooms.shelf(owner)
         key = (owner, session_id)
         is_resident, is_busy = self._rooms.pool.look(key)
-        return shelf.view(session_id, is_resident=is_resident, is_busy=is_busy, window=self._rooms.pool.window(key))
+        view = shelf.view(session_id, is_resident=is_resident, is_busy=is_busy, window=self._rooms.pool.window(key))
+        title = self._rooms.pool.title(key)
+        return view if title is None else replace(view, title=title)
 
     def turns(self, owner: str, session_id: str, *, after: int = 0, limit: int = 100) -> Sequence[TurnView]:
         """So many turns after one; that of a reply that goes on is among them.
@@ -106,13 +108,8 @@ class Registry:
         shelf.require(session_id)
         berth = self._rooms.pool.claim((owner, session_id))
         if berth is None:
-            chat = self._rooms.pool.chat((owner, session_id))
-            if chat is None or not chat.lock.acquire(timeout=PATIENCE):
+            if not self._rooms.pool.leave_title((owner, session_id), line):
                 raise in_use(session_id)
-            try:
-                chat.transcript.put("title", line)
-            finally:
-                chat.lock.release()
             return
         try:
             if berth.chat is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -29,7 +29,7 @@ _PARTS = ("input_text", "output_text", "text")
 class ResponsePart(Strict):
     """A piece of a message; what comes back with a client's own history is taken, too."""
 
-    unserved = {"annotations": (NOT_THERE, ())}
+    unserved: ClassVar = {"annotations": (NOT_THERE, ())}
 
     type: str
     text: Text
@@ -47,7 +47,7 @@ class ResponsePart(Strict):
 class InputItem(Strict):
     """A message."""
 
-    unserved = {"phase": (NOT_THERE, ("final_answer",))}
+    unserved: ClassVar = {"phase": (NOT_THERE, ("final_answer",))}
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -73,7 +73,7 @@ class InputItem(Strict):
 class ResponseRequest(Drawn):
     """``POST /v1/responses``."""
 
-    unserved = {
+    unserved: ClassVar = {
         "access_programs": (NOT_THERE, ()),
         "background": ("answers are made while the client waits", ()),
         "background_options": (NOT_THERE, ()),

@@ -120,7 +120,11 @@ class Rooms:
 
     def let_go(self, shelf: Shelf, berth: Berth) -> None:
         """Release a session that was used."""
+        self.pool.ending(berth)
         try:
+            if berth.chat is not None and berth.title is not None:
+                berth.chat.transcript.put("title", berth.title)
+                berth.title = None
             if berth.chat is not None:
                 berth.window = window_of(berth.chat)
                 shelf.index.touch(berth.key[1], turns=berth.chat.turns, window=berth.window)

@@ -111,7 +111,7 @@ class Run:
         self.choices: Sequence[Choice] = ()
         self.error: Refusal | None = None
         self.is_done = self.is_cancelled = False
-        self.began = self.left = time.monotonic()  # left: when the last reader went, or it ended
+        self.began = self.left = time.monotonic()  # left: when it ended, or else when the last reader went
         self._bell = bell
         self._changed = threading.Condition()
         self._log: deque[bytes] = deque()
@@ -192,7 +192,8 @@ class Run:
         """A reader goes; a reply that is not resumable ends with its last one."""
         with self._changed:
             self._readers.discard(reader)
-            self.left = time.monotonic()
+            if not self.is_done:
+                self.left = time.monotonic()
             is_deserted = not (self._readers or self.is_done or self.is_resumable)
             self._changed.notify_all()
         if is_deserted:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+
 def _whole_text(text: str) -> str:
     """Refuse half characters, which JSON can write and no encoding can."""
     try:
@@ -100,7 +101,7 @@ class Part(Strict):
 class ChatMessage(Strict):
     """One message."""
 
-    unserved = {
+    unserved: ClassVar = {
         "tool_calls": (NO_TOOLS, ()),
         "function_call": (NO_TOOLS, ()),
         "tool_call_id": (NO_TOOLS, ()),
@@ -130,7 +131,7 @@ class ChatMessage(Strict):
 class StreamOptions(Strict):
     """How a stream is told."""
 
-    unserved = {"include_obfuscation": ("events are not padded", ())}
+    unserved: ClassVar = {"include_obfuscation": ("events are not padded", ())}
 
     include_usage: bool | None = None
     include_stats: bool | None = Field(None, description="Each event has the object streamllm.")
@@ -162,7 +163,7 @@ class Drawn(Strict):
 class ChatRequest(Drawn):
     """``POST /v1/chat/completions``."""
 
-    unserved = {
+    unserved: ClassVar = {
         "tools": (NO_TOOLS, ()),
         "tool_choice": (NO_TOOLS, ("none", "auto")),
         "parallel_tool_calls": (NO_TOOLS, (True,)),

@@ -15,7 +15,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from streamllm.server.keys import Keys
     from streamllm.server.service import Service
+    from streamllm.session import Recall
 
 PERSIST_SECONDS = 10.0
 """For replies that were broken off, to be written down."""
@@ -69,7 +70,7 @@ class ServeJob:
     max_tokens: int | None
     stop: tuple[str, ...]
     endless: bool
-    recall: str
+    recall: Recall
     template_options: dict[str, Any] | None
     serve: ServeConfig
     keys: tuple[str, ...]
@@ -163,7 +164,8 @@ class ServeJob:
                 raise
         except OSError as error:
             raise ConfigError(
-                f"{host}, port {port}, cannot be listened on: {error.strerror or error}; choose another --port or --host."
+                f"{host}, port {port}, cannot be listened on: {error.strerror or error}; choose another --port or "
+                "--host."
             ) from error
         place.setblocking(False)
         return place
@@ -175,6 +177,7 @@ class ServeJob:
             StreamLLMError: it cannot be loaded.
         """
         from streamllm import models
+        from streamllm.cache import SinkCache
         from streamllm.server.conversations import Conversations
         from streamllm.server.runs import Watched
         from streamllm.server.service import Service
@@ -182,16 +185,19 @@ class ServeJob:
         folder = models.locate(self.model)
         model, tokenizer = models.load(folder, device=self.device, dtype=self.dtype, quantize=self.quantize)
         state = self.state or platformdirs.user_state_path("streamllm") / "server"
+        probe = SinkCache(model, self.cache.sinks, self.cache.window, self.cache.block, 1, None, self.cache.kv_dtype)
         engine = Watched(
             model,
             tokenizer,
             slots=self.serve.slots,
             waiting=self.serve.waiting,
             config=self.cache,
+            columns=self.serve.columns(probe.capacity, probe.config.sinks, probe.config.window or 0),
             compile=self.compile,
             folder=state / "swap",
         )
         name = shown(folder)
+        name = Path(name).name if Path(name).is_dir() else name  # a folder by its last name, a Hub id as it is
         conversations = Conversations(
             engine,
             state,
@@ -207,7 +213,7 @@ class ServeJob:
             conversations=conversations,
             metrics=app.state.metrics,
             model=name,
-            aliases=tuple({Path(name).name, self.model or EMBEDDED} - {name}),
+            aliases=tuple({Path(name).name, str(folder), self.model or EMBEDDED} - {name}),
             config=self.serve,
             sampling=self.sampling,
             stop=self.stop,
@@ -229,7 +235,7 @@ class _Process:
 
     def run(self, place: socket.socket) -> int:
         """Serve on a socket."""
-        self._server.capture_signals = _nothing  # type: ignore[method-assign]  # they are ours
+        self._server.capture_signals = nullcontext  # type: ignore[method-assign, assignment]  # they are ours
         before = self._take_signals()
         try:
             asyncio.run(self._serve(place))
@@ -257,8 +263,8 @@ class _Process:
             self._error = error
             self._server.should_exit = True
             return
-        serve(self._app, service)
         self._screen.line(self._banner(service), is_dim=False)
+        serve(self._app, service)
 
     def _banner(self, service: Service) -> str:
         from streamllm.doctor import sizes
@@ -267,8 +273,8 @@ class _Process:
         stats = service.engine.stats()
         cache = service.engine._new_cache()
         return (
-            f"{service.model} · {sizes(cache)} · {stats.slots} slots · {grouped(stats.bytes_per_stream)} bytes a stream "
-            f"· {self._url}"
+            f"{service.model} · {sizes(cache)} · {stats.slots} slots · {grouped(stats.bytes_per_stream)} bytes a "
+            f"stream · {self._url}"
         )
 
     # ---- leaving
@@ -284,10 +290,12 @@ class _Process:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
-        if self._signals > 1 or self._loop is None or self._app.state.service is None:
+        loop = self._loop
+        if self._signals > 1 or loop is None or self._app.state.service is None:
             quit_now(number, frame)
+            return
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._begin_to_leave)
+            loop.call_soon_threadsafe(self._begin_to_leave)
 
     def _begin_to_leave(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._leave())
@@ -302,12 +310,6 @@ class _Process:
             runs.interrupt()
             await _until(lambda: not runs.running, PERSIST_SECONDS)
         self._server.should_exit = True
-
-
-class _nothing:  # noqa: N801 - stands for a context manager
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 async def _until(is_so: Callable[[], bool], seconds: float) -> bool:
@@ -327,5 +329,3 @@ def _url(place: socket.socket, *, is_tls: bool) -> str:
 def split_keys(given: Sequence[str]) -> tuple[str, ...]:
     """The keys, of which several may stand in one text, with commas."""
     return tuple(key.strip() for text in given for key in text.split(",") if key.strip())
-
-

@@ -150,7 +150,6 @@ class Service:
         yield "slots", "Streams that can run at once.", stats.slots
         yield "sessions_resident", "Sessions in memory.", kept["resident"]
         yield "sessions_on_disk", "Sessions on disk.", kept["on_disk"]
-        yield "window_occupancy", "Share of the caches in use, over sessions in memory.", kept.get("occupancy", 0.0)
 
 
 def service_of(request: Request) -> Service:

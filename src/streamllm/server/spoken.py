@@ -33,6 +33,7 @@ class Spoken:
         self._held, self._reply, self._metrics = held, reply, metrics
         self._last: Chunk | None = None
         self._is_released = False
+        self._frame = self._positions_freed()
 
     def chunks(self) -> Iterator[Chunk]:
         """The reply as it comes."""
@@ -53,6 +54,8 @@ class Spoken:
             self._held.done(self._reply)
             self._metrics.tokens_evicted.inc(max(0, record.tokens_evicted_now))
             self._metrics.recalled_passages.inc(len(record.recalled))
+            self._metrics.window_occupancy.observe(record.occupancy)
+            self._metrics.rebases.inc(self._positions_freed() != self._frame)
         return self.record
 
     def release(self) -> None:
@@ -83,6 +86,11 @@ class Spoken:
     def facts(self) -> dict[str, Any]:
         """What only an endless conversation has to tell: the object ``streamllm``."""
         return self._facts if self.record is not None else self._told(self._reply.record)
+
+    def _positions_freed(self) -> int:
+        """Positions that rebases have given back so far: those of all tokens that left, but for the present frame."""
+        cache = self._held.chat.cache
+        return cache.tokens_evicted - cache.rows[0].frame
 
     def _began(self, chunk: Chunk) -> None:
         stats, metrics = chunk.stats, self._metrics

@@ -43,7 +43,12 @@ class TextChoice:
         self._stream, self._events, self._spelling = stream, events, spelling
         self._metrics, self.read = service.metrics, read
         self.text, self.generated = list[str](), 0
-        self.logprobs: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        self.logprobs: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
         self._finish: str | None = None
         self._at = 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,7 @@ Ids = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_lengt
 class CompletionRequest(Drawn):
     """``POST /v1/completions``."""
 
-    unserved = {
+    unserved: ClassVar = {
         "best_of": ("choices are not ranked; n makes several", (1,)),
         "echo": ("the prompt is not repeated", ()),
         "suffix": ("models are run from left to right", ("",)),
@@ -38,8 +38,8 @@ class CompletionRequest(Drawn):
         """The prompts, one by one."""
         prompt = self.prompt
         if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]
-        return list(prompt)  # type: ignore[arg-type]
+            return [prompt]
+        return list(prompt)
 
 
 class TokenizeRequest(Strict):
