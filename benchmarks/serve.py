@@ -145,6 +145,7 @@ class Round:
     """One measurement of one server."""
 
     tokens_per_s: float
+    cpu_ms: float
     first_s: float
     texts: list[str]
 
@@ -161,6 +162,7 @@ def measure_round(server: Served, setting: Setting, clients: int) -> Round:
     if server.name == OWN:
         common["stream_options"] = {"include_usage": True}  # the others tell it anyhow, or refuse to be asked
     asked: list[Asked] = [("/v1/completions", {**common, "prompt": text}) for text in texts]
+    before = server.cpu_s
     found = run_clients(server.url, [asked[i * each : (i + 1) * each] for i in range(clients)])
     replies: list[Reply] = [reply for of_client in found for reply in of_client]
     for reply in replies:
@@ -168,7 +170,8 @@ def measure_round(server: Served, setting: Setting, clients: int) -> Round:
             raise RuntimeError(f"{server.name}: {reply.error}")
     seconds = max(reply.times[-1] for reply in replies) - min(reply.sent for reply in replies)
     tokens = sum(reply.tokens for reply in replies)
-    return Round(tokens / seconds, median(reply.first for reply in replies), [reply.text for reply in replies])
+    cpu_ms = 1000 * (server.cpu_s - before) / tokens
+    return Round(tokens / seconds, cpu_ms, median(reply.first for reply in replies), [reply.text for reply in replies])
 
 
 def beside(
@@ -198,10 +201,12 @@ def beside(
                     rounds[server.name][clients].append(found)
     for server in servers:
         server.go_on()
+    rss = {server.name: server.rss for server in servers if server.name not in left_out}
     figures = {
         name: {
             str(clients): {
                 "tokens_per_s": median(found.tokens_per_s for found in those),
+                "cpu_ms_per_token": median(found.cpu_ms for found in those),
                 "first_text_s": median(found.first_s for found in those),
                 "same_texts": _same(those, rounds[OWN][clients]),
             }
@@ -210,7 +215,7 @@ def beside(
         for name, of_server in rounds.items()
         if name not in left_out
     }
-    return figures, _ratios(figures, setting)
+    return {"servers": figures, "rss_bytes": rss}, _ratios(figures, setting)
 
 
 def _same(those: Sequence[Round], own: Sequence[Round]) -> float:
@@ -265,7 +270,7 @@ def measure(
     figures = {
         "setting": asdict(setting),
         "crowd": of_crowd,
-        "servers": of_all,
+        **of_all,
         "left_out": left_out,
         "targets": [target.to_dict() for target in (*targets, *more)],
     }

@@ -69,6 +69,12 @@ class Served:
         found: int = self._watched.memory_info().rss
         return found
 
+    @property
+    def cpu_s(self) -> float:
+        """Seconds that processors have worked for it."""
+        times = self._watched.cpu_times()
+        return float(times.user + times.system)
+
     def hold(self) -> None:
         """Let it stand still, so that it takes nothing from others."""
         self._watched.suspend()
