@@ -122,9 +122,9 @@ async def ask(url: str, path: str, body: dict[str, Any]) -> Reply:
         f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
     )
     reply = Reply(time.perf_counter())
-    loop = asyncio.get_running_loop()
+    host, port = place.hostname or "", place.port or 80
     try:
-        _, wire = await loop.create_connection(lambda: Wire(head.encode() + data), place.hostname, place.port)
+        _, wire = await asyncio.get_running_loop().create_connection(lambda: Wire(head.encode() + data), host, port)
         await wire.over
     except OSError as error:
         reply.error = f"{type(error).__name__}: {error}"

@@ -6,7 +6,6 @@ Knows their commands only: all of them take OpenAI's completions, so the clients
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +82,3 @@ def rivals(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         transformers("transformers serve, continuous batching", "--continuous-batching"),
         Rival("llama.cpp's server", ("llama_cpp.server",), python, llama),
     ]
-
-
-def default_python() -> Path:
-    """This interpreter."""
-    return Path(sys.executable)

@@ -1,4 +1,4 @@
-"""A server as a process: started on a free port, waited for, weighed, held still while others are measured, and ended."""
+"""A server as a process: started on a free port, waited for, weighed, held still beside others, and ended."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import IO
 
 import psutil
 
-PATIENCE = 180.0
-"""Seconds that a server may take to be ready."""
+PATIENCE = 900.0
+"""Seconds that a server may take to be ready; compiling takes minutes."""
 
 HOST = "127.0.0.1"
 

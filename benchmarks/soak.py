@@ -82,9 +82,8 @@ class Minute:
 
     def told(self) -> dict[str, float]:
         """In few numbers."""
-        times = {"first_s": self.first, "between_s": self.between, "read_tokens": self.read}
-        found = {name: float(median(values)) if values else 0.0 for name, values in times.items()}  # type: ignore[type-var]
-        return {"turns": len(self.first), **found}
+        found = {"first_s": self.first, "between_s": self.between, "read_tokens": [float(count) for count in self.read]}
+        return {"turns": len(self.first), **{name: median(values) if values else 0.0 for name, values in found.items()}}
 
 
 class Talker:
@@ -259,7 +258,8 @@ def show(figures: dict[str, Any], targets: Sequence[Target]) -> None:
             f"{number:>8}{found['turns']:>8}{1000 * found['first_s']:>10.1f}{1000 * found['between_s']:>10.2f}"
             f"{found['read_tokens']:>6.0f}{rss / MEGABYTE:>9.1f}"
         )
-    print(f"\n{sum(figures['turns']):,} turns, {sum(figures['tokens']):,} tokens in {len(figures['turns'])} conversations\n")
+    turns, tokens = figures["turns"], figures["tokens"]
+    print(f"\n{sum(turns):,} turns, {sum(tokens):,} tokens in {len(turns)} conversations\n")
     print_targets(targets)
 
 

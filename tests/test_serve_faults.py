@@ -9,8 +9,9 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -107,6 +108,11 @@ class Listener:
         self._thread.join(60)
 
 
+def have_heard(listeners: Iterable[Listener]) -> bool:
+    """Whether each is in the middle of its reply."""
+    return all(len(each.text) > 100 for each in listeners)
+
+
 def ready(server: Process) -> httpx2.Client:
     assert until(lambda: server.status() == 200, 60)
     return httpx2.Client(base_url=server.url, timeout=60)
@@ -145,7 +151,7 @@ def test_a_kill_in_the_middle_of_replies_loses_nothing_that_was_shown(tmp_path: 
             bodies = {name: asked(f"Then {number} cats came.", session_id=name, endless=True) for name in names}
             listeners = {name: Listener(server.url, body) for name, body in bodies.items()}
             other = Listener(server.url, asked(messages=resent, endless=True))
-            assert until(lambda found=(*listeners.values(), other): all(len(each.text) > 100 for each in found), 60)
+            assert until(partial(have_heard, (*listeners.values(), other)), 60)
             time.sleep(draw.uniform(0, 0.3))
             server.process.kill()
             for each in (*listeners.values(), other):
