@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from streamllm.bench.gguf_file import write_gguf
 
+LLAMA = "llama.cpp's server"
+
 IMPORT_SECONDS = 300
 """That an interpreter may take to say whether it has a package."""
 
@@ -75,10 +77,11 @@ def rivals(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         path = folder / "model.gguf"
         write_gguf(model, path, "F32", tokenizer)  # type: ignore[arg-type]
         command = [str(python), "-m", "llama_cpp.server", f"--model={path}", "--host=127.0.0.1", "--port={port}"]
-        return Served("llama.cpp", command, model="model", health="/v1/models", is_foreign=True)
+        command += ["--model_alias=stories", "--n_ctx=512", "--interrupt_requests=False"]  # it answers one by one
+        return Served(LLAMA, command, model="stories", health="/v1/models", is_foreign=True)
 
     return [
         transformers("transformers serve"),
         transformers("transformers serve, continuous batching", "--continuous-batching"),
-        Rival("llama.cpp's server", ("llama_cpp.server",), python, llama),
+        Rival(LLAMA, ("llama_cpp.server.app",), python, llama),
     ]
