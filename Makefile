@@ -38,6 +38,8 @@ bench: $(READY)  ## speed and memory; writes docs/results/
 	$(BIN)/python benchmarks/blocks.py
 	$(BIN)/python benchmarks/chat.py --threads 1
 	$(BIN)/python benchmarks/conversation.py
+	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/soak.py
 	$(BIN)/streamllm bench --shape 135M --threads 2 --out docs/results
 	$(BIN)/python benchmarks/training.py
 

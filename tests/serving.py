@@ -82,9 +82,11 @@ def application(
 
 
 @contextmanager
-def listening(served: Served) -> Iterator[Served]:
-    """The application on a socket of this machine."""
+def listening(served: Served, *, buffer: int | None = None) -> Iterator[Served]:
+    """The application on a socket of this machine; ``buffer``: bytes of each connection that wait to be sent."""
     place = socket.create_server(("127.0.0.1", 0))
+    if buffer is not None:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     config = uvicorn.Config(served.app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([place],), daemon=True)

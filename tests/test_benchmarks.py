@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -146,6 +148,71 @@ def test_chat_compares_turns_of_one_length(script: Any, tmp_path: Path, capsys: 
     assert figures["tokens"] >= figures["turns"] * figures["tokens_of_a_turn"]
     assert figures["bytes"]["snapshots"] == chat.SNAPSHOTS * figures["bytes"]["cache"]
     assert all(0 < found["min"] <= found["median"] <= found["max"] for found in figures["ms"].values())
+
+
+def test_serve_compares_a_crowd_with_each_client_alone(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reference: the replies that each client gets alone, which the benchmark compares with."""
+    figures = run(serve := script("serve"), tmp_path, capsys, "--threads=1", "--alone")["figures"]
+    targets = {target["name"]: target["value"] for target in figures["targets"]}
+    assert targets["replies of 4 clients that failed"] == 0
+    assert targets["texts other than alone"] == targets["texts other than in one process"] == 0
+    assert figures["crowd"]["texts_compared"] == serve.QUICK.clients
+    assert figures["crowd"]["bytes"]["peaks"][0] >= figures["crowd"]["bytes"]["before"]
+    (found,) = figures["servers"].values()
+    assert all(each["tokens_per_s"] > 0 and each["same_texts"] == 1 for each in found.values())
+
+
+def test_a_server_that_is_not_installed_is_left_out_with_the_reason(script: Any, tmp_path: Path) -> None:
+    """Reference: what Python says of a module that is not there, and an interpreter that is not there."""
+    rivals = script("rivals")
+    none: Any = None
+    for rival in rivals.rivals(none, none, tmp_path, tmp_path / "python"):
+        assert rival.why_not() == f"{tmp_path / 'python'} cannot be run: No such file or directory"
+    missing = rivals.Rival("x", ("no_such_module",), Path(sys.executable), none)
+    assert missing.why_not() == "ModuleNotFoundError: No module named 'no_such_module'"
+    assert rivals.Rival("x", ("json",), Path(sys.executable), none).why_not() is None
+
+
+def test_soak_knows_every_turn_and_weighs_the_server(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reference: the setting of a trial; each client resends everything, far past its window."""
+    figures = run(soak := script("soak"), tmp_path, capsys)["figures"]
+    assert figures["failed"] == figures["unknown"] == 0
+    assert len(figures["minutes"]) == len(figures["rss_bytes_by_minute"]) == soak.QUICK.minutes
+    assert len(figures["turns"]) == soak.QUICK.clients
+    assert all(0 < minute["read_tokens"] < 40 for minute in figures["minutes"] if minute["turns"])
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (b"HTTP/1.1 429 Too Many Requests\r\n\r\n{}", "HTTP/1.1 429 Too Many Requests"),
+        (b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices": [{"text": "a"}]}\n\n', "broke off"),
+        (b'HTTP/1.1 200 OK\r\n\r\ndata: {"error": {"message": "full"}}\n\n', "full"),
+        (b"", ""),
+    ],
+)
+def test_a_client_says_what_went_wrong(script: Any, said: bytes, error: str) -> None:
+    """Reference: by hand."""
+    clients = script("clients")
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}")
+        writer.write(said)
+        writer.close()
+
+    async def ask() -> Any:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            return await clients.ask(f"http://127.0.0.1:{port}", "/", {"x": 1})
+
+    reply = asyncio.run(ask())
+    assert reply.error is not None
+    assert error in reply.error
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """A Llama's weights as a GGUF file, so that llama.cpp runs the very same model.
 
 llama.cpp pairs the numbers of a head as (2i, 2i + 1), transformers as (i, i + D / 2), so the rows of the query and key
-weights change places. There is no vocabulary: ids go in and logits come out. Letters: ``H`` heads, ``D`` head size.
+weights change places. Without a tokenizer there is no vocabulary: ids go in and logits come out. Letters: ``H`` heads,
+``D`` head size.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 KINDS = ("F32", "F16", "Q8_0")
 """Types of weights; norms are always F32."""
@@ -32,8 +34,11 @@ _LAYER = {
 """llama.cpp's names of a layer's weights, and transformers'."""
 
 
-def write_gguf(model: LlamaForCausalLM, file: Path, kind: str) -> int:
+def write_gguf(model: LlamaForCausalLM, file: Path, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
     """Write ``model`` to ``file`` in one of ``KINDS``; return the bytes of the weights that a step reads.
+
+    Args:
+        tokenizer: of byte pairs, as GPT-2's; ``None``: none is written.
 
     Raises:
         ImportError: the package gguf is not installed.
@@ -56,7 +61,10 @@ def write_gguf(model: LlamaForCausalLM, file: Path, kind: str) -> int:
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _add_vocabulary(writer, tokenizer)
     file_types = {
         "F32": gguf.LlamaFileType.ALL_F32,
         "F16": gguf.LlamaFileType.MOSTLY_F16,
@@ -75,6 +83,30 @@ def write_gguf(model: LlamaForCausalLM, file: Path, kind: str) -> int:
     writer.write_tensors_to_file()
     writer.close()
     return read
+
+
+def _add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pieces, merges, and the ids that begin and end a text."""
+    import gguf
+
+    known: Any = tokenizer
+    made = json.loads(known.backend_tokenizer.to_str())["model"]
+    ids, special = known.get_vocab(), set(known.all_special_tokens)
+    pieces = sorted(ids, key=ids.__getitem__)
+    kinds = [gguf.TokenType.CONTROL if piece in special else gguf.TokenType.NORMAL for piece in pieces]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in made["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(pieces)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    first = known("a")["input_ids"][0]
+    begins = first in known.all_special_ids
+    if begins:
+        writer.add_bos_token_id(first)
+    writer.add_add_bos_token(begins)
+    if known.eos_token_id is not None:
+        writer.add_eos_token_id(known.eos_token_id)
 
 
 def _tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,9 @@ not make its refusal fail.
 
 from __future__ import annotations
 
+import errno
 import json
+import sqlite3
 from typing import Any
 
 from starlette.responses import Response
@@ -32,6 +34,7 @@ _CODES = {
     422: "unprocessable",
     429: "rate_limit_exceeded",
     503: "service_unavailable",
+    507: "insufficient_storage",
 }
 
 
@@ -87,6 +90,8 @@ def refusal_of(error: BaseException) -> Refusal:
         return error
     if isinstance(error, MemoryError):
         return Refusal(503, "The server has no memory left for this; try again later.")
+    if _is_full(error):
+        return Refusal(507, str(error))
     if not isinstance(error, StreamLLMError):
         return Refusal(500, "The server made a mistake; its log says more.", code="internal_error")
     status = error.http_status
@@ -96,3 +101,11 @@ def refusal_of(error: BaseException) -> Refusal:
     elif isinstance(error, BusyError) and "closing" in str(error):
         status = 503
     return Refusal(status, str(error), code=code)
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether a disk without room is behind one of our errors: the client is not at fault then."""
+    cause = error.__cause__ if isinstance(error, StreamLLMError) else None
+    if isinstance(cause, sqlite3.Error):
+        return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
