@@ -6,12 +6,14 @@ not make its refusal fail.
 
 from __future__ import annotations
 
+import errno
 import json
+import sqlite3
 from typing import Any
 
 from starlette.responses import Response
 
-from streamllm.errors import BusyError, ConfigError, InputError, StreamLLMError
+from streamllm.errors import BusyError, ConfigError, InputError, StateError, StreamLLMError
 
 RETRY_AFTER = 1
 """Seconds after which to try again, where nothing better is known."""
@@ -32,6 +34,7 @@ _CODES = {
     422: "unprocessable",
     429: "rate_limit_exceeded",
     503: "service_unavailable",
+    507: "insufficient_storage",
 }
 
 
@@ -95,4 +98,14 @@ def refusal_of(error: BaseException) -> Refusal:
         code = "invalid_value"
     elif isinstance(error, BusyError) and "closing" in str(error):
         status = 503
+    elif isinstance(error, StateError) and _is_full(error):
+        status = 507
     return Refusal(status, str(error), code=code)
+
+
+def _is_full(error: StateError) -> bool:
+    """Whether there is no room on the disk, which is no fault of the request's."""
+    cause = error.__cause__
+    if isinstance(cause, sqlite3.Error):
+        return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
