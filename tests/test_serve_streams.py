@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import json
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from starlette.testclient import TestClient
 
 from serving import MODEL, Served, application, listening, said, until
 from streamllm.server import answer, runs
+from streamllm.server import app as app_module
 from streamllm.server import run as run_module
 from streamllm.server.bell import Bell
 from streamllm.server.refusal import Refusal
@@ -262,7 +268,7 @@ def test_a_failure_in_the_middle_is_an_event_and_the_end(
     text = client.post(CHAT, json=asked(max_tokens=50)).text
     assert text.endswith(
         'event: error\ndata: {"error":{"message":"The disk is full.","type":"server_error","param":null,'
-        '"code":"error"}}\n\n'
+        '"code":"insufficient_storage"}}\n\n'
     )
     assert "[DONE]" not in text
     assert until(lambda: is_idle(served))
@@ -314,3 +320,101 @@ def test_a_reply_whose_reader_is_gone_does_not_wait_for_it() -> None:
         assert run.is_cancelled
 
     asyncio.run(gone())
+
+
+def test_a_reply_whose_client_is_gone_before_its_first_event_ends() -> None:
+    """Its generator is never begun then, so nothing in it can notice."""
+
+    async def gone() -> None:
+        run = run_of(asyncio.get_running_loop())
+        response = answer._Events(run, run.attach(), ping=1)
+
+        async def receive() -> Any:
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            raise OSError("the client is gone")
+
+        with contextlib.suppress(OSError):
+            await response({"type": "http", "method": "POST"}, receive, send)
+        assert run.is_cancelled
+
+    asyncio.run(gone())
+
+
+def test_what_is_kept_for_those_who_come_back_has_a_bound_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "REPLAY_BYTES", 1000)
+
+    async def write() -> None:
+        run = run_of(asyncio.get_running_loop(), is_resumable=True)
+        for _ in range(100):
+            run.emit(b"x" * 93)  # 100 with its id, at least
+        assert sum(map(len, run._log)) <= 1000
+        with pytest.raises(Refusal) as caught:
+            run.attach(80)
+        assert caught.value.status == 410
+        assert run.attach(95).next == 96
+
+    asyncio.run(write())
+
+
+# ---- nothing is left behind
+
+
+def test_a_reply_that_can_be_picked_up_keeps_no_conversation_in_memory(served: Served, client: httpx2.Client) -> None:
+    """Its events are kept for a while, but not the cache: a session that is deleted is gone."""
+    client.post("/v1/sessions", json={"id": "light"})
+    done = client.post(CHAT, json=asked(max_tokens=3, resumable=True, session_id="light"))
+    (berth,) = [b for (_, name), b in served.service.conversations._rooms.pool._berths.items() if name == "light"]
+    chat = weakref.ref(berth.chat)
+    del berth
+    client.delete("/v1/sessions/light")
+
+    def is_gone() -> bool:
+        gc.collect()
+        return chat() is None
+
+    assert until(is_gone)
+    again = client.get(f"/v1/streams/{done.headers['x-request-id']}")
+    assert again.text == done.text
+    assert again.headers["x-session-id"] == "light"
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_where_no_thread_can_be_had_nothing_is_left_behind(
+    served: Served, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    """The thread of the request, and that of its second choice."""
+    true = threading.Thread.start
+    mine: list[threading.Thread] = []
+
+    def start(self: threading.Thread) -> None:
+        target = getattr(self, "_target", None)
+        if getattr(target, "__module__", None) == "streamllm.server.runs":
+            mine.append(self)
+            if len(mine) > more:
+                raise RuntimeError("can't start new thread")
+        true(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        refused = client.post(CHAT, json={"model": MODEL, "messages": said("No thread"), "n": 2, "max_tokens": 3})
+        assert (refused.status_code, len(mine)) == (503, more + 1)
+    assert until(lambda: is_idle(served))
+    assert not served.service.limits._running
+    assert until(lambda: served.service.conversations.stats()["busy"] == 0)
+    assert client.post(CHAT, json={**asked("No thread", n=2, max_tokens=3)}).status_code == 200
+
+
+def test_a_sweep_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "SWEEP_SECONDS", 0.01)
+    calls: list[int] = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise RuntimeError("a mistake")
+
+    with application(tmp_path) as made:
+        monkeypatch.setattr(made.service, "sweep", fail)
+        with TestClient(made.app):
+            assert until(lambda: len(calls) > 2)

@@ -78,13 +78,17 @@ def export_session(name: str, file: Path, folder: Path | None = None) -> int:
         return transcript.count()
 
 
-def import_session(file: Path, name: str | None = None, folder: Path | None = None) -> str:
+def import_session(
+    file: Path, name: str | None = None, folder: Path | None = None, *, most: int = TOTAL_BYTES, shown: str = ""
+) -> str:
     """Make a session from a file that ``export_session`` wrote.
 
     Args:
         file: the file.
         name: of the new session; that of the old one if left out.
         folder: of sessions; ``sessions_folder()`` if left out.
+        most: bytes that it may unpack to.
+        shown: how the file is called where something is wrong with it; its path if left out.
 
     Returns:
         The name.
@@ -93,9 +97,9 @@ def import_session(file: Path, name: str | None = None, folder: Path | None = No
         ConfigError: no session can be called so.
         StateError: the file is damaged or none of ours, there is a session of that name, or none can be written.
     """
-    folder = folder or sessions_folder()
-    with _sentences(file), zipfile.ZipFile(file) as archive:
-        header = _header(archive, file)
+    folder, shown = folder or sessions_folder(), shown or str(file)
+    with _sentences(shown), zipfile.ZipFile(file) as archive:
+        header = _header(archive, shown, most)
         name = str(header["name"]) if name is None else name
         check_name(name)
         _refuse_taken(folder / name)
@@ -104,7 +108,7 @@ def import_session(file: Path, name: str | None = None, folder: Path | None = No
         sweep(folder)
         hold = Hold(new, f"Session {name!r}")
         try:
-            _unpack(archive, header["settings"], new, f"{LINES} in {file}")
+            _unpack(archive, header["settings"], new, f"{LINES} in {shown}")
             try:
                 hold.move(folder / name)
             except OSError:
@@ -118,7 +122,7 @@ def import_session(file: Path, name: str | None = None, folder: Path | None = No
     return name
 
 
-def _header(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
+def _header(archive: zipfile.ZipFile, file: str, most: int) -> dict[str, Any]:
     """What ``session.json`` says, when the members are what they must be."""
     members = archive.infolist()
     names = sorted(member.filename for member in members)
@@ -126,8 +130,8 @@ def _header(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
         raise StateError(f"{file} is no exported session; it holds {', '.join(names)[:200] or 'nothing'}.")
     if any(member.flag_bits & 1 for member in members):
         raise StateError(f"{file} is encrypted; unpack it and pack it again without a password.")
-    if sum(member.file_size for member in members) > TOTAL_BYTES or archive.getinfo(HEADER).file_size > HEADER_BYTES:
-        raise StateError(f"{file} unpacks to more than a session may have; it was not imported.")
+    if sum(member.file_size for member in members) > most or archive.getinfo(HEADER).file_size > HEADER_BYTES:
+        raise StateError(f"{file} unpacks to more than a session may have, {most:,} bytes here; it was not imported.")
     header: dict[str, Any] = json.loads(archive.read(HEADER))
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:
@@ -169,7 +173,7 @@ def _refuse_taken(path: Path) -> None:
 
 
 @contextmanager
-def _sentences(file: Path) -> Iterator[None]:
+def _sentences(file: str) -> Iterator[None]:
     """Turn what goes wrong with a file into one sentence."""
     try:
         yield

@@ -11,8 +11,9 @@ from typing import Any
 from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from streamllm.server.run import Choice, Run
+from streamllm.server.run import Choice, Reader, Run
 from streamllm.server.service import Service
 
 PATIENCE = 5.0
@@ -102,13 +103,28 @@ async def stream(request: Request, run: Run, after: int = 0) -> Response:
     finally:
         begins.cancel()
         leaves.cancel()
-    return EventSourceResponse(
-        run.read(reader),
+    return _Events(
+        run,
+        reader,
         headers=_headers(run),
         ping=KEEP_ALIVE,
         ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
         sep="\n",
     )
+
+
+class _Events(EventSourceResponse):
+    """The events of a run. A client that is gone before the first of them is a reader that goes, like any other."""
+
+    def __init__(self, run: Run, reader: Reader, **options: Any) -> None:
+        super().__init__(run.read(reader), **options)
+        self._run, self._reader = run, reader
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._run.detach(self._reader)
 
 
 def new_id(prefix: str) -> str:
@@ -123,5 +139,4 @@ async def _hang_up(request: Request) -> None:
 
 
 def _headers(run: Run) -> dict[str, str]:
-    session = getattr(run.choices[0], "session_id", None) if run.choices else None
-    return {} if session is None else {"X-Session-Id": session}
+    return {} if run.session_id is None else {"X-Session-Id": run.session_id}

@@ -115,7 +115,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             if app.state.service is not None:
-                await asyncio.to_thread(app.state.service.sweep)
+                try:
+                    await asyncio.to_thread(app.state.service.sweep)
+                except Exception:
+                    _log.exception("sweeping failed; it is tried again")
 
     task = asyncio.create_task(sweep())
     yield

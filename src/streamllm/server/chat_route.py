@@ -188,16 +188,17 @@ def _say(service: Service, asked: ChatRequest, held: Continuation, index: int) -
     }
     text = "\n\n".join(each.text for each in asked.messages) if asked.session_id is not None else held.text
     chat = held.chat
-    match asked.session_action:
-        case "regenerate":
-            return chat.regenerate(rebuild=True, **options)
-        case "continue":
-            return chat.resume(**options)
-        case "edit":
-            return chat.edit(asked.session_turn or 1, text, rebuild=True, **options)
-    if asked.recall == "off":
-        options["recall"] = ()
-    return chat.send(text, **options)
+    with held.recalling(asked.recall):
+        match asked.session_action:
+            case "regenerate" if asked.recall == "off" and chat.turns:  # said anew, or what was recalled stays
+                return chat.edit(chat.turns, chat.transcript.turn(chat.turns).user, rebuild=True, **options)
+            case "regenerate":
+                return chat.regenerate(rebuild=True, **options)
+            case "continue":
+                return chat.resume(**options)
+            case "edit":
+                return chat.edit(asked.session_turn or 1, text, rebuild=True, **options)
+        return chat.send(text, **options)
 
 
 def _usage(run: Run) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from streamllm.errors import StreamLLMError
 from streamllm.reply import Reply
-from streamllm.session import Chat
+from streamllm.session import Chat, Recall
 
 How = Literal["new", "continued", "forked", "streamed"]
 """A session begins with this request; one goes on; a copy of one goes on; one begins with turns said elsewhere."""
@@ -45,8 +45,26 @@ class Continuation:
         self.chat, self.session_id, self.how, self.text = chat, session_id, how, text
         self.cached_tokens, self.read_tokens = cached_tokens, read_tokens
         self._done, self._released = done, released
-        self._turns = chat.turns
+        self._turns, self._reread = chat.turns, chat.tokens_reread
         self._is_done = self._is_released = False
+
+    @contextmanager
+    def recalling(self, recall: Recall | None) -> Iterator[None]:
+        """Let what is said in the block be said with passages in front of it or without; ``None``: as in all turns."""
+        before = self.chat.recall
+        self.chat.recall = before if recall is None else recall
+        try:
+            yield
+        finally:
+            self.chat.recall = before
+
+    def began(self, reply: Reply) -> None:
+        """``reply`` is about to be read: turns may have been taken back for it, and the window read anew."""
+        chat = self.chat
+        self.read_tokens += chat.tokens_reread - self._reread
+        self._reread = chat.tokens_reread
+        if chat.template.is_incremental:
+            self.cached_tokens = max(0, chat.transcript.tokens() - reply.read - self.read_tokens)
 
     def done(self, reply: Reply) -> None:
         """``reply`` has ended: the conversation is recognised by it from now on.

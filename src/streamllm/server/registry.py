@@ -19,6 +19,10 @@ from streamllm.server.views import SessionView, TurnView
 from streamllm.session import Recall
 from streamllm.sessions import Session
 
+UNPACKED_BYTES = 2**28
+"""An imported session may unpack to so much more than its file has: a transcript gets smaller by some ten times, and a
+stream hardly at all."""
+
 
 class Registry:
     """See the module.
@@ -188,12 +192,12 @@ class Registry:
         Raises:
             ConfigError: no session can be called so, or one is.
             BusyError: there is no room for one more.
-            StateError: the file is damaged or none of ours, or it cannot be written.
+            StateError: the file is damaged, none of ours or unpacks to too much, or it cannot be written.
         """
-        shelf = self._rooms.shelf(owner)
+        shelf, most = self._rooms.shelf(owner), UNPACKED_BYTES + file.stat().st_size
         with self._rooms.new(shelf, new_id, is_named=True) as berth:
             name = berth.key[1]
-            import_session(file, name, shelf.folder)
+            import_session(file, name, shelf.folder, most=most, shown="The file")
             with Session(name, create=False, folder=shelf.folder) as session:
                 transcript = session.transcript
                 transcript.put("named", True)

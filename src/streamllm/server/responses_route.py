@@ -110,9 +110,8 @@ async def create_response(request: Request, asked: ResponseRequest, service: Ser
                 "on_end": service.on_end(asked.endless),
                 "logprobs": most if wants else None,
             }
-            if asked.recall == "off":
-                options["recall"] = ()
-            reply = held.chat.send(held.text or text, **options)
+            with held.recalling(asked.recall):
+                reply = held.chat.send(held.text or text, **options)
             return [
                 ResponseChoice(
                     held,

@@ -25,6 +25,9 @@ BACKLOG = 256
 REPLAY = 4096
 """Newest events of a resumable reply that can be had again."""
 
+REPLAY_BYTES = 2**20
+"""Of these at most, whatever each event has: many replies are kept at a time."""
+
 
 class Choice(Protocol):
     """One reply of a run; used in one thread."""
@@ -71,6 +74,7 @@ class Run:
 
     Attributes:
         choices: its replies, once they have begun.
+        session_id: of the first of them, if it is one of a conversation.
         error: why it failed.
         is_done: whether nothing more comes.
     """
@@ -78,6 +82,7 @@ class Run:
     def __init__(self, id: str, owner: str, *, is_resumable: bool, is_silent: bool, bell: Bell) -> None:
         self.id, self.owner, self.is_resumable, self.is_silent = id, owner, is_resumable, is_silent
         self.choices: Sequence[Choice] = ()
+        self.session_id: str | None = None
         self.error: Refusal | None = None
         self.is_done = self.is_cancelled = False
         self.began = self.left = time.monotonic()  # left: when it ended, or else when the last reader went
@@ -85,6 +90,7 @@ class Run:
         self._changed = threading.Condition()
         self._log: deque[bytes] = deque()
         self._first = 1  # number of the oldest event
+        self._bytes = 0  # of the events of a resumable reply
         self._readers: set[Reader] = set()
         self._requests: list[Request] = []
 
@@ -98,8 +104,11 @@ class Run:
             while not self.is_cancelled and any(self._last - r.next >= BACKLOG for r in self._readers):
                 self._changed.wait()
             self._log.append(b"id: %d\n%b" % (self._last + 1, events))
-            if self.is_resumable and len(self._log) > REPLAY and not any(r.next <= self._first for r in self._readers):
-                self._log.popleft()
+            self._bytes += len(self._log[-1])
+            while self.is_resumable and (len(self._log) > REPLAY or self._bytes > REPLAY_BYTES):
+                if any(reader.next <= self._first for reader in self._readers):
+                    break
+                self._bytes -= len(self._log.popleft())
                 self._first += 1
             self._ring()
 

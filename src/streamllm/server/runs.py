@@ -104,12 +104,8 @@ class Runs:
             has_left = False  # before the last event: who has read it may come again at once
             try:
                 run.choices = prepare()
-                others = [threading.Thread(target=drive, args=(choice,), daemon=True) for choice in run.choices[1:]]
-                for thread in others:
-                    thread.start()
-                drive(run.choices[0])
-                for thread in others:
-                    thread.join()
+                run.session_id = getattr(run.choices[0], "session_id", None)
+                _side_by_side(run, drive)
                 has_left = True
                 leave(run)
                 for events in sum_up(run) if run.error is None else ():
@@ -124,6 +120,8 @@ class Runs:
                         leave(run)
                 finally:
                     run.end()
+                    if is_resumable:  # it is known for a while, and must not keep conversations in memory
+                        run.choices = ()
 
         def drive(choice: Choice) -> None:
             _current.run = run
@@ -132,7 +130,15 @@ class Runs:
             except BaseException as error:
                 self._fail(run, error)
 
-        threading.Thread(target=work, name=f"streamllm-run-{names[0]}", daemon=True).start()
+        try:
+            threading.Thread(target=work, name=f"streamllm-run-{names[0]}", daemon=True).start()
+        except RuntimeError as error:  # the system has no thread left
+            with self._lock:
+                self._running.discard(run)
+                for name in names:
+                    self._kept.pop((owner, name), None)
+            leave(run)
+            raise Refusal(503, "The server has no thread left for this; try again later.") from error
         return run
 
     def find(self, owner: str, name: str) -> Run:
@@ -211,3 +217,23 @@ class Runs:
             _log.error("a reply failed", exc_info=error)
         run.error = run.error or refusal
         run.cancel()
+
+
+def _side_by_side(run: Run, drive: Callable[[Choice], None]) -> None:
+    """Drive each reply in a thread, the first one in this one; if one cannot begin, all are broken off."""
+    choices, threads = run.choices, list[threading.Thread]()
+    try:
+        for choice in choices[1:]:
+            thread = threading.Thread(target=drive, args=(choice,), daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError as error:  # the system has no thread left
+        run.cancel()
+        for choice in (choices[0], *choices[1 + len(threads) :]):
+            choice.release()
+        raise Refusal(503, "The server has no thread left for this; try again later.") from error
+    else:
+        drive(choices[0])
+    finally:
+        for thread in threads:
+            thread.join()

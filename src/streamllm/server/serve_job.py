@@ -141,7 +141,8 @@ class ServeJob:
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self.certificate, self.private_key)
+            # A key with a password is refused: nobody may be there who could be asked for it.
+            context.load_cert_chain(self.certificate, self.private_key, password=lambda: b"")
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(
                 f"{self.certificate} and {self.private_key} cannot be used for TLS: {error.strerror or error}."

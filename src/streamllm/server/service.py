@@ -152,7 +152,7 @@ class Service:
         yield "sessions_on_disk", "Sessions on disk.", kept["on_disk"]
 
 
-def service_of(request: Request) -> Service:
-    """The service of a request; the door has seen to it that there is one."""
+async def service_of(request: Request) -> Service:
+    """The service of a request; the door has seen to it that there is one. Asynchronous: it needs no thread."""
     service: Service = request.app.state.service
     return service

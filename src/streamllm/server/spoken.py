@@ -30,6 +30,7 @@ class Spoken:
     def __init__(self, held: Continuation, reply: Reply, metrics: Metrics) -> None:
         self.session_id, self.text = held.session_id, list[str]()
         self.record: TurnRecord | None = None
+        held.began(reply)
         self._held, self._reply, self._metrics = held, reply, metrics
         self._last: Chunk | None = None
         self._is_released = False
