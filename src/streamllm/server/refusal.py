@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from streamllm.errors import BusyError, ConfigError, InputError, StateError, StreamLLMError
+from streamllm.errors import BusyError, ConfigError, InputError, StreamLLMError
 
 RETRY_AFTER = 1
 """Seconds after which to try again, where nothing better is known."""
@@ -100,8 +100,6 @@ def refusal_of(error: BaseException) -> Refusal:
         code = "invalid_value"
     elif isinstance(error, BusyError) and "closing" in str(error):
         status = 503
-    elif isinstance(error, StateError) and _is_full(error):
-        status = 507
     return Refusal(status, str(error), code=code)
 
 
