@@ -1,8 +1,8 @@
 """Does a conversation of thousands of turns stay whole, in flat memory, through kills and in a terminal?
 
-The embedded model talks greedily, with the same seeded messages, three times: without interruption; killed with
-``kill -9`` twice on the way, resumed each time; and through ``streamllm chat`` in a terminal. Each keeps a session on
-disk, and at the end the transcripts are compared turn by turn. Memory is read after a garbage collection, four times
+The embedded model talks greedily, with the same seeded messages, three times side by side, each on one thread: without
+interruption; killed with ``kill -9`` twice on the way, resumed each time; and through ``streamllm chat`` in a terminal.
+Each keeps a session on disk, and at the end the transcripts are compared turn by turn. Memory is read after a garbage collection, four times
 in the first, whose first quarter is the warm-up: libraries keep what they have once made.
 """
 
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pexpect
@@ -92,6 +93,11 @@ def run(name: str, turns: int, seed: int, kill_at: int | None = None) -> tuple[l
     return memory, last, notes
 
 
+def run_through_kills(name: str, turns: int, seed: int) -> list[str]:
+    """Processes that talk, of which two are killed; what they noted."""
+    return [note for kill_at in (turns // 3, turns * 2 // 3, None) for note in run(name, turns, seed, kill_at)[2]]
+
+
 def type_in(name: str, turns: int, seed: int) -> None:
     """Say it all to ``streamllm chat`` in a terminal."""
     flags = ["--session", name, "--dtype=float32", "--temperature=0", f"--max-tokens={REPLY}", "--stats"]
@@ -144,13 +150,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     record = begin("conversation", argv, f"{EMBEDDED}, embedded", "float32")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[FOLDER_ENV] = folder
-        memory, _, _ = run("whole", turns, seed)
-        notes: list[str] = []
-        for kill_at in (turns // 3, turns * 2 // 3, None):
-            *_, found = run("killed", turns, seed, kill_at)
-            notes += found
-        type_in("typed", turns, seed)
+        os.environ[FOLDER_ENV], os.environ["OMP_NUM_THREADS"] = folder, "1"
+        with ThreadPoolExecutor() as pool:
+            whole = pool.submit(run, "whole", turns, seed)
+            killed = pool.submit(run_through_kills, "killed", turns, seed)
+            pool.submit(type_in, "typed", turns, seed).result()
+            (memory, _, _), notes = whole.result(), killed.result()
         with Session("whole", create=False) as session:
             tokens = session.transcript.tokens()
         same, typed = equal("whole", "killed"), equal("whole", "typed")
