@@ -2,8 +2,8 @@
 
 The embedded model talks greedily, with the same seeded messages, three times side by side, each on one thread: without
 interruption; killed with ``kill -9`` twice on the way, resumed each time; and through ``streamllm chat`` in a terminal.
-Each keeps a session on disk, and at the end the transcripts are compared turn by turn. Memory is read after a garbage collection, four times
-in the first, whose first quarter is the warm-up: libraries keep what they have once made.
+Each keeps a session on disk, and at the end the transcripts are compared turn by turn. Memory is read after a garbage
+collection, four times in the first, whose first quarter is the warm-up: libraries keep what they have once made.
 """
 
 from __future__ import annotations
