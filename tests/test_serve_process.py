@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,44 @@ def test_it_answers_at_once_drains_on_sigterm_and_has_everything_after_a_restart
         assert json.loads(data[-2])["streamllm"]["finish"] == "interrupted"
         assert server.wait() == 0
         assert not any("Traceback" in line for line in server.lines)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate by openssl")
+def test_tls_is_spoken_and_drains_as_without_it(tmp_path: Path) -> None:
+    """The certificate is the server's own, and is the only one that the client trusts; a key has no password."""
+    certificate, key, locked = (tmp_path / name for name in ("cert.pem", "key.pem", "locked.pem"))
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+            "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate))  # fmt: skip
+    openssl("rsa", "-aes128", "-passout", "pass:secret", "-in", str(key), "-out", str(locked))
+    code, text = serve("--ssl-certfile", str(certificate), "--ssl-keyfile", str(locked))
+    assert (code, "TLS" in text) == (2, True)
+    files = ("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
+    with process("--state", str(tmp_path / "state"), "--drain-seconds", "0.2", *files) as server:
+        url = f"https://localhost:{server.port}"
+        trusted = ssl.create_default_context(cafile=certificate)
+        with httpx2.Client(base_url=url, verify=trusted, timeout=60) as client:
+
+            def status() -> int:
+                with suppress(httpx2.TransportError):
+                    return int(client.get("/health").status_code)
+                return 0
+
+            assert until(lambda: status() == 200, 60)
+            assert server.status() == 0  # without TLS
+            with pytest.raises(httpx2.ConnectError):
+                httpx2.get(f"{url}/health")  # by a client that does not trust it
+            assert any(line.rstrip().endswith(f"https://127.0.0.1:{server.port}") for line in server.lines)
+            with client.stream("POST", "/v1/chat/completions", json=asked(endless=True)) as response:
+                lines = response.iter_lines()
+                next(lines)
+                server.process.send_signal(signal.SIGTERM)
+                assert [line for line in lines if line.startswith("data: ")][-1] == "data: [DONE]"
+        assert server.wait() == 0
+        assert not any("Traceback" in line for line in server.lines)
+
+
+def openssl(*arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True, stdin=subprocess.DEVNULL)
 
 
 def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def export_session(name: str, file: Path, folder: Path | None = None) -> int:
 
 
 def import_session(
-    file: Path, name: str | None = None, folder: Path | None = None, *, most: int = TOTAL_BYTES, shown: str = ""
+    file: Path, name: str | None = None, folder: Path | None = None, *, most: int | None = None, shown: str = ""
 ) -> str:
     """Make a session from a file that ``export_session`` wrote.
 
@@ -87,7 +87,7 @@ def import_session(
         file: the file.
         name: of the new session; that of the old one if left out.
         folder: of sessions; ``sessions_folder()`` if left out.
-        most: bytes that it may unpack to.
+        most: bytes that it may unpack to; ``TOTAL_BYTES`` if left out.
         shown: how the file is called where something is wrong with it; its path if left out.
 
     Returns:
@@ -99,7 +99,7 @@ def import_session(
     """
     folder, shown = folder or sessions_folder(), shown or str(file)
     with _sentences(shown), zipfile.ZipFile(file) as archive:
-        header = _header(archive, shown, most)
+        header = _header(archive, shown, TOTAL_BYTES if most is None else most)
         name = str(header["name"]) if name is None else name
         check_name(name)
         _refuse_taken(folder / name)

@@ -7,6 +7,7 @@ session at a time; nothing here knows who asks for it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import secrets
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from streamllm.engine import Engine
 from streamllm.errors import ConfigError
 from streamllm.server.shelf import Shelf
+from streamllm.server.templates import Templates
 from streamllm.session import Chat, Recall
 from streamllm.sessions import Session
 
@@ -38,6 +40,11 @@ class Opener:
     recall: Recall
     snapshots: int
     template_options: dict[str, Any]
+
+    @functools.cached_property
+    def templates(self) -> Templates:
+        """Makes the chat templates."""
+        return Templates(self.engine.columns)
 
     def new(self, shelf: Shelf, name: str, *, is_named: bool, system: str | None, recall: Recall | None = None) -> Chat:
         """The chat of a session that is not there yet.
@@ -111,6 +118,7 @@ class Opener:
                 recall=recall or self.recall,
                 snapshots=self.snapshots,
                 template_options=self.template_options,
+                templates=self.templates,
                 **options,
             )
         except BaseException:
