@@ -31,7 +31,7 @@ from streamllm.checkpoint import EMBEDDED
 from streamllm.evaluate.memory import rss_bytes
 from streamllm.sessions import FOLDER_ENV, Session
 
-REPLY = 32
+REPLY = 16
 """Tokens of a reply at most."""
 
 WHO = ("Lily", "Tom", "the dog", "a little bird", "the old bear", "Mia", "the green frog", "Ben and his friend")
