@@ -101,7 +101,12 @@ def run_through_kills(name: str, turns: int, seed: int) -> list[str]:
 def type_in(name: str, turns: int, seed: int) -> None:
     """Say it all to ``streamllm chat`` in a terminal."""
     flags = ["--session", name, "--dtype=float32", "--temperature=0", f"--max-tokens={REPLY}", "--stats"]
-    environment = {**os.environ, "TERM": "xterm", "STREAMLLM_HISTORY": os.environ[FOLDER_ENV] + "/history"}
+    environment = {
+        **os.environ,
+        "TERM": "xterm",
+        "STREAMLLM_HISTORY": os.environ[FOLDER_ENV] + "/history",
+        "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody here answers where the cursor is, and each question would wait a second
+    }
     chat = pexpect.spawn(sys.executable, ["-m", "streamllm", "chat", *flags], env=environment, timeout=120)
     chat.setwinsize(50, 200)
     chat.expect_exact(">>> ")
