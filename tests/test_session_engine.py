@@ -118,7 +118,15 @@ def test_another_thread_can_stop_a_reply_while_its_reader_waits(engine: Engine) 
         reader.join(timeout=30)
         assert not reader.is_alive()
         assert reply.finish == "interrupted"
-        assert chat.transcript.turn(1).reply.startswith("".join(texts))
+        assert chat.transcript.turn(1).reply == "".join(texts)
+    with make(engine=engine, on_end="ban", max_tokens=None) as chat:  # by a reader who is behind
+        reply = chat.send(SAID[0])
+        texts = [next(reply).text]
+        time.sleep(0.2)
+        reply.stop()
+        texts += [chunk.text for chunk in reply]
+        assert len(texts) > 1
+        assert chat.transcript.turn(1).reply == "".join(texts)
     with make(max_tokens=None, on_end="ban") as chat:  # and without an engine
         reply = chat.send(SAID[0])
         next(reply)

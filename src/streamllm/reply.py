@@ -93,6 +93,8 @@ class Reply(Iterator[Chunk]):
         recalled: passages that were put in front of it.
         finish: why it ended; ``None`` while it goes on.
         generated: tokens so far.
+        cancel: ends the stream of an engine that generates it.
+        is_stopped: whether ``stop`` was called.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Reply(Iterator[Chunk]):
         self.finish: str | None = None
         self.generated = 0
         self.cancel: Callable[[], None] | None = None  # of what generates it beside others
-        self._is_stopped = False
+        self.is_stopped = False
         self._reader: threading.Thread | None = None
         self._listener, self._begin = listener, begin
         self._chunks: Iterator[Chunk] | None = None
@@ -126,7 +128,7 @@ class Reply(Iterator[Chunk]):
             return self._next()
 
     def _next(self) -> Chunk:
-        if self._is_stopped:
+        if self.is_stopped and self.cancel is None:  # else what generates it ends by itself, and loses nothing
             self.close()
         if self.finish is not None:
             raise StopIteration
@@ -166,8 +168,11 @@ class Reply(Iterator[Chunk]):
         return "".join(chunk.shown for chunk in self)
 
     def stop(self) -> None:
-        """Break the reply off from another thread, without waiting: whoever iterates over it comes to its end."""
-        self._is_stopped = True
+        """Break the reply off from another thread, without waiting.
+
+        Whoever iterates over it gets what has been generated, and comes to its end.
+        """
+        self.is_stopped = True
         if self.cancel is not None:
             self.cancel()
 

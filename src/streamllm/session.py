@@ -633,6 +633,8 @@ class Chat:
             if self._engine is not None:
                 request = self._engine.submit(ids, **options)
                 reply.cancel = request.cancel
+                if reply.is_stopped:  # meanwhile, by another thread
+                    request.cancel()
                 return relay(request, SAVE_EVERY, self._keeper.save, partial(self._spilt, reply))
             progress = manner.get("progress")
             return stream(self.model, self.tokenizer, ids, compile=self.compile, progress=progress, **options)

@@ -179,7 +179,7 @@ class Runs:
             del self._kept[name]
 
     def _drive(self, run: Run, choice: Choice) -> None:
-        """Read one reply to its end."""
+        """Read one reply to its end, which comes by itself if it is cancelled: all that was generated is told."""
         metrics, clock, last = self._metrics, time.monotonic, 0.0
         generated, observe = metrics.generation_tokens.inc, metrics.inter_token_latency.observe
         try:
@@ -196,8 +196,6 @@ class Runs:
                     run.emit(events)
                 last = now
                 generated()
-                if run.is_cancelled:
-                    break
             if not last:  # broken off before its first token
                 for first in choice.began():
                     run.emit(first)
