@@ -14,6 +14,7 @@ import pytest
 from streamllm.passages import Passage, Place
 from streamllm.recall import (
     BUDGET_TOKENS,
+    COMMON_LEAST,
     COMMON_MOST,
     FUSION,
     MOST_QUOTED,
@@ -166,6 +167,13 @@ def test_words_are_found_in_any_script_and_form(said: str, sought: str) -> None:
         (said, "Noted."), ("你好，世界。这是另一句话。", "別の文です。"), ("Something else.", "다른 문장.")
     )
     assert texts(index.search(sought)) == [said]
+
+
+def test_a_name_is_no_small_word_that_looks_like_its_stem() -> None:
+    """Stemming makes "in" of "Ines"."""
+    index = conversing(("Ines lives there.", ""), *(("A dog sleeps in the kitchen.", ""),) * (COMMON_LEAST + 1))
+    assert texts(index.search("Ines")) == ["Ines lives there."]
+    assert texts(index.worth_quoting("Where does Ines live?")) == ["Ines lives there."]
 
 
 def test_marks_belong_to_words() -> None:

@@ -1,8 +1,9 @@
 """The words of passages: a full-text index in SQLite (FTS5), and what counts as a word in it.
 
 Knows ids and texts, nothing of turns. Words are folded (case, accents, width) and stemmed; the stems are English, which
-does other languages little harm. Scripts that are written without spaces between words are indexed letter by letter,
-and searched by pairs of letters that stand side by side.
+does other languages little harm. The smallest words are left out, since others have stems that look like them. Scripts
+that are written without spaces between words are indexed letter by letter, and searched by pairs of letters that stand
+side by side.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ TOKENIZE = "porter unicode61 remove_diacritics 2 categories ''L* N* Co Mn Mc''"
 
 SCHEMA = f"CREATE VIRTUAL TABLE words USING fts5(text, content = '', tokenize = '{TOKENIZE}')"
 """The texts themselves are not stored again."""
+
+_SMALL = frozenset("am an as at be by do go he if in is it me my no of oh on or so to up us we".split())  # noqa: SIM905
+"""Words that tell nothing. Among them are the stems of names and words that do: "Ines", "uses" and "ores" for three."""
 
 # Thai, Lao, Burmese, Khmer, kana, Chinese characters, Hangul.
 _LETTER = re.compile(
@@ -62,10 +66,10 @@ def terms(text: str) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """The words of a text; a run of a script without spaces counts as one."""
+    """The words of a text that are indexed; a run of a script without spaces counts as one."""
     folded = unicodedata.normalize("NFKC", text).lower()
     kept = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folded)
-    return _LETTER_RUNS.sub(r" \1 ", kept).split()
+    return [word for word in _LETTER_RUNS.sub(r" \1 ", kept).split() if word not in _SMALL]
 
 
 def _terms(word: str) -> list[str]:
@@ -76,8 +80,8 @@ def _terms(word: str) -> list[str]:
 
 
 def _spaced(text: str) -> str:
-    """The text with single letters for words where words are not written apart."""
-    return _LETTER.sub(r" \1 ", unicodedata.normalize("NFKC", text))
+    """The words of a text, and single letters where words are not written apart."""
+    return _LETTER.sub(r" \1 ", " ".join(_words(text)))
 
 
 _LETTER_RUNS = re.compile(f"({_LETTER.pattern}+)")
