@@ -23,6 +23,7 @@ import torch
 
 from serving import MODEL, Served, application, listening, said, until
 from streamllm.errors import StateError
+from streamllm.server import answer as answer_module
 from streamllm.transcript import Transcript
 from test_serve_process import Process, process
 
@@ -261,6 +262,13 @@ def test_clients_that_do_not_read_hold_nobody_up(tmp_path: Path) -> None:
             for each in slow:
                 each.close()
         assert until(lambda: is_idle(served), 10)
+
+
+def test_a_client_that_reads_nothing_for_long_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_module, "STALLED", 0.5)
+    with application(tmp_path, slots=2) as made, listening(made, buffer=4096) as served, sluggish(served, 1):
+        assert until(lambda: served.service.runs.running == 1)
+        assert until(lambda: is_idle(served), 90)
 
 
 def is_still(served: Served) -> Callable[[], bool]:

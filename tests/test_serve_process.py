@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -107,6 +108,9 @@ def test_it_answers_at_once_drains_on_sigterm_and_has_everything_after_a_restart
         assert until(lambda: any(line.startswith(f"{MODEL} · ") for line in server.lines))
         (banner,) = [line for line in server.lines if line.startswith(f"{MODEL} · ")]
         assert re.search(r"8 slots · [\d ]+ bytes a stream · " + re.escape(server.url), banner)
+        if hasattr(psutil, "RLIMIT_NOFILE"):  # Linux
+            files = psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE)
+            assert files[0] == files[1]
         assert httpx2.post(f"{server.url}/v1/sessions", json={"id": "kept"}).status_code == 201
         text = ""
         body = asked(session_id="kept", max_tokens=1500, temperature=0)

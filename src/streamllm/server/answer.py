@@ -6,10 +6,12 @@ import asyncio
 import json
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -21,6 +23,9 @@ PATIENCE = 5.0
 
 KEEP_ALIVE = 10.0
 """Seconds between two comments that keep a connection open while nothing else comes."""
+
+STALLED = 600.0
+"""Seconds for which a client may take nothing of what waits for it; then it is gone."""
 
 
 async def answer(
@@ -110,6 +115,7 @@ async def stream(request: Request, run: Run, after: int = 0) -> Response:
         ping=KEEP_ALIVE,
         ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
         sep="\n",
+        send_timeout=STALLED,
     )
 
 
@@ -122,7 +128,8 @@ class _Events(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(SendTimeoutError):
+                await super().__call__(scope, receive, send)
         finally:
             self._run.detach(self._reader)
 

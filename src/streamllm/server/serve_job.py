@@ -98,6 +98,7 @@ class ServeJob:
         keys = Keys(self.keys)
         check_exposure(self.serve.host, keys)
         context = self._tls()
+        allow_files()
         place = self._listen()
         with Screen(quiet=self.quiet, verbose=True) as screen, place:
             # 2. the socket answers, while the model is loaded
@@ -311,6 +312,15 @@ class _Process:
             runs.interrupt()
             await _until(lambda: not runs.running, PERSIST_SECONDS)
         self._server.should_exit = True
+
+
+def allow_files() -> None:
+    """Let the process open as many files as it may: a conversation in memory has several, and so has a connection."""
+    with suppress(ImportError, OSError, ValueError):  # Windows; a system that forbids it
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _until(is_so: Callable[[], bool], seconds: float) -> bool:
