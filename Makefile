@@ -11,6 +11,8 @@ STORIES := $(DATA)/stories/decoding_gpt_tinystories_10k.txt $(DATA)/stories/jlen
 STORIES_HELD_OUT := $(DATA)/stories/moe_routing_bench_tinystories_val.txt
 BOOKS_HELD_OUT := $(DATA)/books/heldout.jsonl.xz
 RUNS ?= runs
+# Processes that share the tests, each with one thread and up to 2 GiB.
+WORKERS ?= 2
 EMBEDDED := --size small --layers 7 --heads 2 --kv-heads 1 --vocabulary 8192 --batch-tokens 8192 --tokens 24000000 \
 	--measures 12 --save-dtype bfloat16
 
@@ -20,7 +22,7 @@ demo: $(READY)  ## set up, and let the embedded model tell stories beyond its tr
 	$(BIN)/streamllm run --endless --max-tokens 1500 --seed 7 --stats "Once upon a time"
 
 test: check browser  ## everything that CI runs
-	$(BIN)/python -m pytest --cov --cov-report=term -m "not slow"
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --cov --cov-report=term -m "not slow"
 
 check: $(READY)
 	$(BIN)/ruff check .

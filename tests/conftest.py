@@ -19,8 +19,6 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Compiled steps of tests do not belong into the user's cache; a folder that goes with the run.
-os.environ["STREAMLLM_COMPILED"] = tempfile.mkdtemp(prefix="streamllm-tests-")
 
 import torch
 import transformers
@@ -29,6 +27,11 @@ from stories import STORIES
 
 # Tiny models gain nothing from a second thread, and on a busy machine each would wait for the other.
 torch.set_num_threads(1)
+
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of several processes that share a run
+if not IS_WORKER:
+    # Compiled steps of tests do not belong into the user's cache; a folder that goes with the run.
+    os.environ["STREAMLLM_COMPILED"] = tempfile.mkdtemp(prefix="streamllm-tests-")
 
 LAWS = {
     1: "Any split of a stream into chunks gives the same logits as one token at a time.",
@@ -52,7 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["STREAMLLM_COMPILED"], ignore_errors=True)
+    if not IS_WORKER:
+        shutil.rmtree(os.environ["STREAMLLM_COMPILED"], ignore_errors=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
