@@ -785,7 +785,7 @@ def test_a_compiled_step_is_held_against_the_model_on_slots_that_attend(
     change: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reference: what was changed since the step was compiled, each of which one key alone would not show."""
-    old = copy.deepcopy(model)
+    old, model = model, copy.deepcopy(model)  # other tests have the old one, too
     layers: Any = model.get_decoder().layers
 
     def stale(module: nn.Module, args: Any, *, anew: bool) -> Any:
