@@ -42,6 +42,9 @@ from streamllm.state import save_state
 MESSAGE = "One day a little girl saw 1{0:05}, 2{0:05} and 3{0:05}."
 """Words that are searched for and said in every turn, and numbers that nobody has said before."""
 
+FIRST = 12_345
+"""The first number. Those of most others are cut into as many tokens; not those of small ones, which have many zeros."""
+
 MORE, LENGTHS = " And then some more.", 40
 """What makes a message longer, up to so many times."""
 
@@ -104,7 +107,7 @@ class Talk:
     ) -> None:
         self.chat = Chat(model, tokenizer, **setting.options, session=session)
         self.reply, self.read = setting.reply, set[int]()
-        self._tokenizer, self._numbers = tokenizer, count()
+        self._tokenizer, self._numbers = tokenizer, count(FIRST)
 
     def turn(self, text: str) -> tuple[float, int]:
         """Seconds of one turn, and tokens that it read."""
@@ -134,7 +137,7 @@ class Talk:
     def _message(self) -> str:
         """The next message that has as many tokens as the first one."""
         texts = (MESSAGE.format(number) for number in self._numbers)
-        return next(text for text in texts if self._count(text) == self._count(MESSAGE.format(0)))
+        return next(text for text in texts if self._count(text) == self._count(MESSAGE.format(FIRST)))
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer(text)["input_ids"])
