@@ -43,7 +43,7 @@ MESSAGE = "One day a little girl saw 1{0:05}, 2{0:05} and 3{0:05}."
 """Words that are searched for and said in every turn, and numbers that nobody has said before."""
 
 FIRST = 12_345
-"""The first number. Those of most others are cut into as many tokens; not those of small ones, which have many zeros."""
+"""The first number. Most others are cut into as many tokens; small ones, which have many zeros, are not."""
 
 MORE, LENGTHS = " And then some more.", 40
 """What makes a message longer, up to so many times."""
