@@ -824,6 +824,7 @@ def test_a_cache_of_another_kind_or_in_use_is_refused(loaded, engine) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+@pytest.mark.slow
 def test_a_compiled_engine_in_eight_bits(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: ``stream()`` over a cache in eight bits, not compiled; the steps are ready before the first stream."""
     monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))

@@ -66,6 +66,7 @@ def test_the_plainest_books_come_first_until_they_are_enough(script: Any, tmp_pa
     assert picking.plainness(mixed, known) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_the_twins_are_trained_compared_and_drawn(
     script: Any, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
