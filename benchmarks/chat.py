@@ -13,6 +13,7 @@ call of ``Chat`` on, in a process that has the model; and what a token costs in 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
@@ -25,7 +26,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from held import held_bytes
 from place import begin, finish
 from target import Target, print_targets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +34,7 @@ import streamllm
 from streamllm import Chunk, SamplingConfig, keeper
 from streamllm.checkpoint import EMBEDDED
 from streamllm.config import CacheConfig
+from streamllm.evaluate.memory import rss_bytes
 from streamllm.session import Chat
 from streamllm.sessions import Session
 from streamllm.state import save_state
@@ -152,11 +153,11 @@ def measure(
         old.up_to(setting.early - 1)
         early = old.timed(setting.width)
         old.up_to(setting.warm)
-        before = held_bytes()
+        before = memory()
         _tell(f"up to turn {setting.late:,}")
         old.up_to(setting.late - setting.width)
         late = old.timed(setting.width)
-        after = held_bytes()
+        after = memory()
         saved = [1000 * seconds for seconds in saves.seconds]
         _tell("beside a young conversation")
         young = Talk(model, tokenizer, setting, Session("young", folder=folder))
@@ -203,6 +204,12 @@ def measure(
         "targets": [target.to_dict() for target in targets],
     }
     return figures, targets
+
+
+def memory() -> int:
+    """Bytes of the process after a garbage collection."""
+    gc.collect()
+    return rss_bytes()
 
 
 def resume(

@@ -190,7 +190,7 @@ def test_a_resumable_reply_can_be_stopped(
     observe = served.service.metrics.inter_token_latency.observe
 
     def observe_slowly(seconds: float) -> None:
-        time.sleep(0.03)
+        time.sleep(0.01)
         observe(seconds)
 
     monkeypatch.setattr(served.service.metrics.inter_token_latency, "observe", observe_slowly)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -120,9 +122,11 @@ def test_another_thread_can_stop_a_reply_while_its_reader_waits(engine: Engine) 
         assert reply.finish == "interrupted"
         assert chat.transcript.turn(1).reply == "".join(texts)
     with make(engine=engine, on_end="ban", max_tokens=None) as chat:  # by a reader who is behind
+        before = engine.stats().tokens_generated
         reply = chat.send(SAID[0])
         texts = [next(reply).text]
-        time.sleep(0.2)
+        while engine.stats().tokens_generated < before + 4:
+            time.sleep(0.01)
         reply.stop()
         texts += [chunk.text for chunk in reply]
         assert len(texts) > 1
@@ -133,6 +137,26 @@ def test_another_thread_can_stop_a_reply_while_its_reader_waits(engine: Engine) 
         reply.stop()
         assert list(reply) == []
         assert reply.finish == "interrupted"
+
+
+@pytest.mark.parametrize("is_served", [False, True])
+def test_a_conversation_that_is_closed_frees_its_memory_without_a_garbage_collection(
+    engine: Engine, is_served: bool
+) -> None:
+    """A server opens and closes many, each with megabytes, and Python looks for cycles seldom."""
+    gc.collect()
+    gc.disable()
+    try:
+        chat = make(engine=engine if is_served else None, max_tokens=5)
+        talk(chat, 2)
+        chat.send(SAID[2]).close()
+        known = weakref.ref(chat.cache)
+        chat.close()
+        assert known() is not None
+        del chat
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def test_a_long_reply_is_saved_on_the_way(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

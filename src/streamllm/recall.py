@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 from streamllm.passages import Passage, Place
 from streamllm.transcript import Transcript
-from streamllm.words import terms
+from streamllm.words import bare, terms
 
 BUDGET_TOKENS = 256
 """What is put in front of a turn has at most so many tokens, unless said otherwise."""
@@ -151,7 +151,7 @@ class WordIndex:
         common = min(max(COMMON_LEAST, int(COMMON_SHARE * last)), COMMON_MOST)
         words = []
         for term in terms(_ends(text)):
-            if term.strip('"') in _EMPTY:
+            if bare(term) in _EMPTY:
                 continue
             holders = self.transcript.words.holders(term, last, common + 1)
             if len(holders) <= common:

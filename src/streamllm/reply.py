@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,7 +114,9 @@ class Reply(Iterator[Chunk]):
         self.cancel: Callable[[], None] | None = None  # of what generates it beside others
         self.is_stopped = False
         self._reader: threading.Thread | None = None
-        self._listener, self._begin = listener, begin
+        self._lock = listener.lock
+        self._listener: Listener | None = listener  # until it has ended
+        self._begin: Callable[[], Iterator[Chunk]] | None = begin
         self._chunks: Iterator[Chunk] | None = None
         self._began = time.perf_counter()
         self._record: TurnRecord | None = None
@@ -123,22 +125,23 @@ class Reply(Iterator[Chunk]):
         return self
 
     def __next__(self) -> Chunk:
-        with self._listener.lock:
+        with self._lock:
             self._reader = threading.current_thread()
             return self._next()
 
     def _next(self) -> Chunk:
         if self.is_stopped and self.cancel is None:  # else what generates it ends by itself, and loses nothing
             self.close()
-        if self.finish is not None:
+        listener, begin = self._listener, self._begin
+        if self.finish is not None or listener is None or begin is None:
             raise StopIteration
         try:
             if self._chunks is None:
-                self._chunks = self._begin()
+                self._chunks = begin()
             chunk = next(self._chunks)
             if chunk.id is not None:
                 self.generated += 1
-            chunk = self._listener.took(self, chunk)
+            chunk = listener.took(self, chunk)
         except BaseException:
             self.close()
             raise
@@ -160,8 +163,11 @@ class Reply(Iterator[Chunk]):
     @property
     def record(self) -> TurnRecord:
         """What the turn has cost so far, or in all."""
-        with self._listener.lock:
-            return self._record or self._listener.measure(self)
+        with self._lock:
+            if self._record is None:
+                assert self._listener is not None
+                return self._listener.measure(self)
+            return self._record
 
     def text(self) -> str:
         """The rest of the reply, with blank lines where documents ended."""
@@ -178,14 +184,17 @@ class Reply(Iterator[Chunk]):
 
     def close(self) -> None:
         """Break the reply off; it stays as far as it has come. Does nothing if it has ended."""
-        with self._listener.lock:
+        with self._lock:
             if self.finish is None:
                 self._end("interrupted")
 
     def _end(self, finish: str) -> None:
+        listener, chunks = self._listener, self._chunks
+        assert listener is not None
         self.finish = finish
-        chunks: Any = self._chunks  # a generator
-        if chunks is not None:
+        if isinstance(chunks, Generator):
             chunks.close()
-        self._listener.ended(self)
-        self._record = self._listener.measure(self)
+        listener.ended(self)
+        self._record = listener.measure(self)
+        # A conversation that nobody has any more frees its memory at once, not when Python looks for cycles.
+        self._listener = self._begin = self._chunks = self._reader = self.cancel = None

@@ -25,7 +25,7 @@ from streamllm.words import Words
 
 APPLICATION = 0x73746C6D  # "stlm"
 
-FORMAT = 1
+FORMAT = 2
 """Version of the tables; a file of another one is refused."""
 
 SCHEMA = (

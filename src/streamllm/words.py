@@ -1,7 +1,7 @@
 """The words of passages: a full-text index in SQLite (FTS5), and what counts as a word in it.
 
 Knows ids and texts, nothing of turns. Words are folded (case, accents, width) and stemmed; the stems are English, which
-does other languages little harm. The smallest words are left out, since others have stems that look like them. Scripts
+does other languages little harm. The smallest words are marked, since others have stems that look like them. Scripts
 that are written without spaces between words are indexed letter by letter, and searched by pairs of letters that stand
 side by side.
 """
@@ -22,6 +22,9 @@ SCHEMA = f"CREATE VIRTUAL TABLE words USING fts5(text, content = '', tokenize = 
 
 _SMALL = frozenset("am an as at be by do go he if in is it me my no of oh on or so to up us we".split())  # noqa: SIM905
 """Words that tell nothing. Among them are the stems of names and words that do: "Ines", "uses" and "ores" for three."""
+
+_MARK = "\ue000"
+"""Stands behind a small word: no stem has it."""
 
 # Thai, Lao, Burmese, Khmer, kana, Chinese characters, Hangul.
 _LETTER = re.compile(
@@ -65,11 +68,16 @@ def terms(text: str) -> list[str]:
     return list(dict.fromkeys(term for word in _words(text) for term in _terms(word)))
 
 
+def bare(term: str) -> str:
+    """The word that a term stands for."""
+    return term.strip(f'"{_MARK}')
+
+
 def _words(text: str) -> list[str]:
     """The words of a text that are indexed; a run of a script without spaces counts as one."""
     folded = unicodedata.normalize("NFKC", text).lower()
     kept = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folded)
-    return [word for word in _LETTER_RUNS.sub(r" \1 ", kept).split() if word not in _SMALL]
+    return [word + _MARK * (word in _SMALL) for word in _LETTER_RUNS.sub(r" \1 ", kept).split()]
 
 
 def _terms(word: str) -> list[str]:

@@ -25,7 +25,7 @@ KEEP_ALIVE = 10.0
 """Seconds between two comments that keep a connection open while nothing else comes."""
 
 STALLED = 600.0
-"""Seconds for which a client may take nothing of what waits for it; then it is gone."""
+"""Seconds that a client may take for what is sent at once; then it is as good as gone, and its reply let go."""
 
 
 async def answer(

@@ -34,11 +34,15 @@ class ChatChoice(Spoken):
     Args:
         events: makes its events.
         spelling: spells log probabilities; ``None``: they were not asked for.
+        is_streamed: see ``Spoken``.
         is_telling: whether each event has the object ``streamllm``.
     """
 
-    def __init__(self, *arguments: Any, events: ChatEvents, spelling: Spelling | None, is_telling: bool) -> None:
+    def __init__(
+        self, *arguments: Any, events: ChatEvents, spelling: Spelling | None, is_streamed: bool, is_telling: bool
+    ) -> None:
         super().__init__(*arguments)
+        self.is_streamed = is_streamed
         self._events, self._spelling, self._is_telling = events, spelling, is_telling
         self.logprobs: list[dict[str, Any]] = []
 
@@ -51,7 +55,7 @@ class ChatChoice(Spoken):
         more: dict[str, Any] = {}
         if self._spelling is not None:
             found = self._spelling.chat(chunk)
-            self.logprobs += found
+            self.logprobs += () if self.is_streamed else found
             more["logprobs"] = {"content": found, "refusal": None}
         elif not chunk.text:
             return b""
@@ -108,6 +112,7 @@ async def create_chat_completion(
                         service.metrics,
                         events=ChatEvents(head, index),
                         spelling=spelling,
+                        is_streamed=bool(asked.stream),
                         is_telling=bool(options and options.include_stats),
                     )
                 )

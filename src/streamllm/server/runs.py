@@ -179,7 +179,7 @@ class Runs:
             del self._kept[name]
 
     def _drive(self, run: Run, choice: Choice) -> None:
-        """Read one reply to its end, which comes by itself if it is cancelled: all that was generated is told."""
+        """Read one reply to its end, which comes by itself if it is cancelled."""
         metrics, clock, last = self._metrics, time.monotonic, 0.0
         generated, observe = metrics.generation_tokens.inc, metrics.inter_token_latency.observe
         try:

@@ -45,6 +45,9 @@ CLOSE_SECONDS = 2.0
 TICK = 0.05
 """Seconds between two looks whether replies have ended."""
 
+FILES = 65_536
+"""Files that may be open, if the system allows so many: a conversation in memory has several, a connection one."""
+
 MISSING = "streamllm serve needs {}, which is not installed: pip install 'streamllm[serve]'."
 
 
@@ -98,8 +101,8 @@ class ServeJob:
         keys = Keys(self.keys)
         check_exposure(self.serve.host, keys)
         context = self._tls()
-        allow_files()
         place = self._listen()
+        allow_files()
         with Screen(quiet=self.quiet, verbose=True) as screen, place:
             # 2. the socket answers, while the model is loaded
             app = self._app(keys, place)
@@ -315,12 +318,13 @@ class _Process:
 
 
 def allow_files() -> None:
-    """Let the process open as many files as it may: a conversation in memory has several, and so has a connection."""
+    """Let the process open ``FILES``, or as many as it may."""
     with suppress(ImportError, OSError, ValueError):  # Windows; a system that forbids it
         import resource
 
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = FILES if most == resource.RLIM_INFINITY else min(most, FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
 
 
 async def _until(is_so: Callable[[], bool], seconds: float) -> bool:

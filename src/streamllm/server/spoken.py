@@ -23,12 +23,13 @@ class Spoken:
         metrics: told what it has cost.
 
     Attributes:
-        text: so far, in pieces.
+        is_streamed: whether nobody wants the text at the end, so that nothing of it is kept.
+        text: so far, in pieces, unless it is streamed.
         record: what it has cost, once it has ended.
     """
 
     def __init__(self, held: Continuation, reply: Reply, metrics: Metrics) -> None:
-        self.session_id, self.text = held.session_id, list[str]()
+        self.session_id, self.text, self.is_streamed = held.session_id, list[str](), False
         self.record: TurnRecord | None = None
         held.began(reply)
         self._held, self._reply, self._metrics = held, reply, metrics
@@ -42,7 +43,7 @@ class Spoken:
             if self._last is None:
                 self._began(chunk)
             self._last = chunk
-            if chunk.text:
+            if chunk.text and not self.is_streamed:
                 self.text.append(chunk.text)
             yield chunk
 

@@ -35,11 +35,20 @@ class TextChoice:
         spelling: spells log probabilities; ``None``: they were not asked for.
         service: whose figures are told of it.
         read: tokens of its prompt.
+        is_streamed: whether nobody wants the text at the end, so that nothing of it is kept.
     """
 
     def __init__(
-        self, stream: Stream, events: TextEvents, spelling: Spelling | None, service: Service, read: int
+        self,
+        stream: Stream,
+        events: TextEvents,
+        spelling: Spelling | None,
+        service: Service,
+        read: int,
+        *,
+        is_streamed: bool,
     ) -> None:
+        self._is_streamed = is_streamed
         self._stream, self._events, self._spelling = stream, events, spelling
         self._metrics, self.read = service.metrics, read
         self.text, self.generated = list[str](), 0
@@ -62,7 +71,7 @@ class TextChoice:
                 self._metrics.queue_time.observe(max(0.0, (stats.ttft_s or 0.0) - reading))
             self.generated += chunk.id is not None
             self._finish = chunk.finish
-            if chunk.text:
+            if chunk.text and not self._is_streamed:
                 self.text.append(chunk.text)
             yield chunk
 
@@ -75,7 +84,7 @@ class TextChoice:
         found = None
         if self._spelling is not None:
             found = self._spelling.text_entry(chunk, self._at)
-            for name, values in found.items():
+            for name, values in () if self._is_streamed else found.items():
                 self.logprobs[name] += values
         self._at += len(chunk.text)
         return self._events.text(chunk.text, found) if chunk.text or found else b""
@@ -142,7 +151,8 @@ async def create_completion(request: Request, asked: CompletionRequest, service:
                     on_end=service.on_end(asked.endless),
                     logprobs=asked.logprobs,
                 )
-                made.append(TextChoice(stream, TextEvents(head, index), spelling, service, len(ids)))
+                events, is_streamed = TextEvents(head, index), bool(asked.stream)
+                made.append(TextChoice(stream, events, spelling, service, len(ids), is_streamed=is_streamed))
         except BaseException:
             for choice in made:
                 choice.release()
