@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
-from serving import MODEL, Served, application, listening
+from serving import MODEL, Served, application, listening, said, until
 from streamllm.session import Chat
 
 WINDOW, REPLY = 60, 12
@@ -75,3 +77,27 @@ def test_a_client_that_resends_everything_goes_on_for_ever_and_only_new_turns_ar
         assert facts["turns_evicted"] > turns - 10
         assert total > (turns // 5) * WINDOW
         assert alone.tokens_seen == facts["tokens_seen"]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_conversations_that_left_memory_are_not_kept_in_cycles(tmp_path: Path, is_streamed: bool) -> None:
+    """Python looks for cycles seldom, and a conversation has megabytes. Reference: the objects that are alive."""
+
+    def alive() -> int:
+        return sum(isinstance(each, Chat) for each in gc.get_objects())
+
+    with (
+        application(tmp_path, slots=2, resident=2) as made,
+        listening(made) as served,
+        httpx2.Client(base_url=served.url, timeout=60) as client,
+    ):
+        gc.collect()
+        gc.disable()
+        try:
+            before = alive()
+            for number in range(6):
+                body = {"model": MODEL, "messages": said(f"Story {number}"), "max_tokens": 3, "stream": is_streamed}
+                assert client.post("/v1/chat/completions", json=body).status_code == 200
+            assert until(lambda: alive() <= before + 2)
+        finally:
+            gc.enable()

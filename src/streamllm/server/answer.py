@@ -88,6 +88,7 @@ async def answer(
     if run.error is not None:
         raise run.error
     body = await asyncio.to_thread(lambda: json.dumps(whole(run), ensure_ascii=False).encode("utf-8", "replace"))
+    run.choices = ()  # what asyncio leaves behind is in cycles, and must not keep a conversation in memory
     return Response(body, headers=_headers(run), media_type="application/json")
 
 

@@ -120,7 +120,7 @@ class Runs:
                         leave(run)
                 finally:
                     run.end()
-                    if is_resumable:  # it is known for a while, and must not keep conversations in memory
+                    if not is_silent:  # it is known for a while, and must not keep conversations in memory
                         run.choices = ()
 
         def drive(choice: Choice) -> None:
