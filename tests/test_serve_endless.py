@@ -84,7 +84,7 @@ def test_conversations_that_left_memory_are_not_kept_in_cycles(tmp_path: Path, i
     """Python looks for cycles seldom, and a conversation has megabytes. Reference: the objects that are alive."""
 
     def alive() -> int:
-        return sum(isinstance(each, Chat) for each in gc.get_objects())
+        return sum(type(each) is Chat for each in gc.get_objects())
 
     with (
         application(tmp_path, slots=2, resident=2) as made,
