@@ -63,7 +63,7 @@ def application(
     engine = Watched(
         model, tokenizer, slots=settings.slots, waiting=settings.waiting, config=cache, columns=columns
     )  # fmt: skip
-    conversations = Conversations(engine, folder, model_name=MODEL)
+    conversations = Conversations(engine, folder, model_name=MODEL, resident=settings.resident)
     service = Service(
         engine=engine,
         conversations=conversations,
