@@ -341,6 +341,33 @@ def test_what_is_exported_can_be_imported(enter: Enter, tmp_path: Path) -> None:
     assert visitor.said() == ["A little hen", "went on"]
 
 
+def test_what_is_said_while_turns_are_on_their_way_comes_behind_them(enter: Enter) -> None:
+    """The answer with the turns of another session is held back while a message is sent in it."""
+    visitor = enter()
+    visitor.say("A little hen")
+    first = visitor.session
+    visitor.page.get_by_role("button", name="New session").first.click()
+    visitor.say("A little fox")
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    visitor.page.route("**/turns?**", hold)
+    visitor.page.evaluate(f"void openSession({json.dumps(first)})")
+    visitor.until(f"session && session.id === {json.dumps(first)}")
+    visitor.page.fill("#say", "went on")
+    visitor.page.press("#say", "Enter")
+    visitor.page.wait_for_timeout(200)
+    for route in held:
+        route.continue_()
+    visitor.page.unroute("**/turns?**")
+    visitor.until("log.total === 2")
+    visitor.wait()
+    assert visitor.said() == ["A little hen", "went on"]
+    assert visitor.transcript() == list(zip(visitor.said(), visitor.replies(), strict=True))
+
+
 def test_settings_reach_the_server(enter: Enter) -> None:
     """Reference: the body of the request, and the session's system prompt."""
     visitor = enter()
