@@ -224,6 +224,19 @@ def test_what_cannot_begin_says_why_in_one_sentence(tmp_path: Path, monkeypatch:
     assert (code, "pip install 'streamllm[serve]'" in text) == (2, True)
 
 
+def test_what_requests_leave_behind_is_collected_soon() -> None:
+    """Reference: a cycle, and not many objects later; the command line itself looks for cycles seldom."""
+    code = (
+        "import gc, weakref; from streamllm.__main__ import COLLECT; gc.set_threshold(*COLLECT); "
+        "from streamllm.server.serve_job import collect_often; collect_often()\n"
+        "class Request: pass\n"
+        "made = Request(); made.itself = made; known = weakref.ref(made); del made\n"
+        "more = [[] for _ in range(20_000)]; print(known() is None, gc.get_freeze_count() > 10_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
 def test_many_files_may_be_open() -> None:
     """Reference: the system's own figures, in a process that may open few."""
     resource = pytest.importorskip("resource")

@@ -8,6 +8,7 @@ flight, since all that is said goes to disk as it comes.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -47,6 +48,10 @@ TICK = 0.05
 
 FILES = 65_536
 """Files that may be open, if the system allows so many: a conversation in memory has several, a connection one."""
+
+COLLECT = (5_000, 10, 10)
+"""How many new objects make Python look for garbage, once the model is loaded. Each request leaves cycles behind, with
+all its messages in them; before, what is made are libraries, and looking through these takes long (``__main__``)."""
 
 MISSING = "streamllm serve needs {}, which is not installed: pip install 'streamllm[serve]'."
 
@@ -268,6 +273,7 @@ class _Process:
             self._error = error
             self._server.should_exit = True
             return
+        collect_often()
         self._screen.line(self._banner(service), is_dim=False)
         serve(self._app, service)
 
@@ -315,6 +321,13 @@ class _Process:
             runs.interrupt()
             await _until(lambda: not runs.running, PERSIST_SECONDS)
         self._server.should_exit = True
+
+
+def collect_often() -> None:
+    """Let Python look for garbage among what comes from now on, and there often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT)
 
 
 def allow_files() -> None:
