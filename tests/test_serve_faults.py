@@ -33,7 +33,7 @@ FIRST = "Once upon a time there was a dog."
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    with application(tmp_path) as made, listening(made) as server:
+    with application(tmp_path, resident=32) as made, listening(made) as server:
         yield server
 
 
