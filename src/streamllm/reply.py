@@ -179,8 +179,9 @@ class Reply(Iterator[Chunk]):
         Whoever iterates over it gets what has been generated, and comes to its end.
         """
         self.is_stopped = True
-        if self.cancel is not None:
-            self.cancel()
+        cancel = self.cancel  # its reader may come to the end at this moment
+        if cancel is not None:
+            cancel()
 
     def close(self) -> None:
         """Break the reply off; it stays as far as it has come. Does nothing if it has ended."""

@@ -337,7 +337,8 @@ def allow_files() -> None:
 
         now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = FILES if most == resource.RLIM_INFINITY else min(most, FILES)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
+        if now != resource.RLIM_INFINITY and now < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 async def _until(is_so: Callable[[], bool], seconds: float) -> bool:
