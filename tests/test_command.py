@@ -398,15 +398,16 @@ def test_no_memory_left_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch, capsy
     assert "--window" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("said", [None, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+@pytest.mark.parametrize("said", [None, *entry.WAITING])
 def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(said: str | None) -> None:
     """Reference: the environment of a process that has run the command's entry."""
-    code = "import os, sys; sys.argv = ['streamllm', '--version']\nfrom streamllm.__main__ import main\n"
-    code += "try: main()\nexcept SystemExit: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
+    code = "import json, os, sys; sys.argv = ['streamllm', '--version']\nfrom streamllm.__main__ import main, WAITING\n"
+    code += "try: main()\nexcept SystemExit: "
+    code += "print(json.dumps([{name: os.environ.get(name) for name in WAITING}, 'torch' in sys.modules]))"
+    environment = {name: value for name, value in os.environ.items() if name not in entry.WAITING}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), **({said: "7"} if said else {})}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    wanted = {None: "3000", "GOMP_SPINCOUNT": "7", "OMP_WAIT_POLICY": "None"}[said]
-    assert done.stdout.splitlines()[-1] == f"{wanted} False"
+    wanted = {"GOMP_SPINCOUNT": "3000", "OMP_WAIT_POLICY": "active", "KMP_BLOCKTIME": "200"}
+    if said:
+        wanted = {name: "7" if name == said else None for name in wanted}
+    assert json.loads(done.stdout.splitlines()[-1]) == [wanted, False]

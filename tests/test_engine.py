@@ -531,31 +531,51 @@ def test_a_step_that_always_fails_is_told_of_once(loaded, monkeypatch: pytest.Mo
     ]
 
 
-def test_a_piece_of_a_prompt_takes_as_long_as_four_steps(engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_of_a_prompt_takes_as_long_as_is_left(engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: by hand, from seconds that are given; at least 16 tokens, at most 256."""
     engine._token_s = 0.001
-    assert engine._width() == 256
+    assert engine._width(0.04) == 256
     monkeypatch.setattr(engine._places, "active", [SimpleNamespace(state="decoding")])
-    for step_s, width in [(0.010, 40), (0.1, 256), (0.001, 16)]:
-        engine._step_s = step_s
-        assert engine._width() == width
+    for seconds, width in [(0.0401, 40), (0.4, 256), (0.004, 16), (-1, 16)]:
+        assert engine._width(seconds) == width
     engine._token_s = 0.0
-    assert engine._width() == 256
+    assert engine._width(0.04) == 256
+
+
+@pytest.mark.parametrize(("step_s", "running"), [(10.0, 3), (0.0, 1)])
+def test_prompts_are_read_for_as_long_as_four_steps(
+    engine, monkeypatch: pytest.MonkeyPatch, step_s: float, running: int
+) -> None:
+    """Reference: by hand: who runs at the first step: in forty seconds all prompts are read, in none one is."""
+    found: list[int] = []
+
+    def watch(step: Any = engine._step) -> Any:
+        found.append(sum(request.state == "decoding" for request in engine._places.active))
+        return step()
+
+    monkeypatch.setattr(engine, "_step", watch)
+    monkeypatch.setattr("streamllm.engine._lately", lambda before, now: before)
+    engine._step_s = step_s
+    with engine._changed:
+        requests = [engine.submit(prompt, max_tokens=30, on_end="ban") for prompt in PROMPTS[:3]]
+    for request in requests:
+        request.text()
+    assert next(filter(None, found)) == running
 
 
 def test_long_prompts_are_read_in_turns(loaded, engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: by hand: a piece of one, a piece of the other, each as long as it was to be."""
     grown: list[list[int]] = []
 
-    def watch(read: Any = engine._read_a_piece) -> Any:
+    def watch(end: float, read: Any = engine._read_a_piece) -> Any:
         before = [request.turn.cache.tokens_seen for request in requests]
-        found = read()
+        found = read(end)
         after = [request.turn.cache.tokens_seen for request in requests]
         grown.append([new - old for old, new in zip(before, after, strict=True)])
         return found
 
     monkeypatch.setattr(engine, "_read_a_piece", watch)
-    monkeypatch.setattr(engine, "_width", lambda: 32)
+    monkeypatch.setattr(engine, "_width", lambda seconds: 32)
     with engine._changed:
         requests = [engine.submit(PROMPTS[1] * 3, max_tokens=1) for _ in range(2)]
     for request in requests:

@@ -1,10 +1,10 @@
 """Many streams in one process: slots, one decode step for all of them, and a queue that is fair.
 
-One thread does all the work, in turns: streams come in and go out, one of those that still read reads a piece, all
-that generate get one token. A piece is cut so that it takes about as long as four steps, so a long prompt does not
-stall the others, and the others do not stall its first token. When more streams than slots are there, each keeps its
-slot for a number of tokens and then goes to the end of the queue; its cache, of constant size, waits in memory or on
-disk. Nothing here grows with the length of a stream or the number of streams that were served.
+One thread does all the work, in turns: streams come in and go out, those that still read read pieces of their prompts,
+all that generate get one token. Pieces are cut so that all of one turn take about as long as four steps, so a long
+prompt does not stall the others, and the others do not stall its first token. When more streams than slots are there,
+each keeps its slot for a number of tokens and then goes to the end of the queue; its cache, of constant size, waits in
+memory or on disk. Nothing here grows with the length of a stream or the number of streams that were served.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from streamllm.slots import NOT_COMPILED, Slots, why_not
 from streamllm.stats import EngineStats
 
 PIECE_STEPS = 4
-"""Steps of the others that a piece of a prompt takes as long as, about; it counts as so many tokens of its share."""
+"""Steps of the others that the pieces read between two of them take as long as, about; a piece counts as so many tokens
+of its stream's share."""
 
 LEAST_PIECE = 16
 """Tokens of a prompt that are read at once at least, however slow that is."""
@@ -300,7 +301,7 @@ class Engine:
         try:
             while not self._is_closing:
                 self._come_and_go()
-                busy = self._read_a_piece()
+                busy = self._read_pieces()
                 busy |= self._step()
                 if not busy:
                     with self._changed:
@@ -370,8 +371,17 @@ class Engine:
 
     # ---- the work
 
-    def _read_a_piece(self) -> bool:
-        """Let the stream that has read least lately read a piece of its prompt; whether there was one."""
+    def _read_pieces(self) -> bool:
+        """Let streams read pieces of their prompts for as long as ``PIECE_STEPS`` steps; whether there was one."""
+        end = time.perf_counter() + PIECE_STEPS * self._step_s
+        if not self._read_a_piece(end):
+            return False
+        while time.perf_counter() < end and self._read_a_piece(end):
+            pass
+        return True
+
+    def _read_a_piece(self, end: float) -> bool:
+        """Let the stream that has read least lately read a piece, until ``end``; whether there was one."""
         reading = [r for r in self._places.active if r.state == "reading"]
         if not reading:
             return False
@@ -382,7 +392,7 @@ class Engine:
         try:
             if request.id not in self._pieces:
                 self._pieces[request.id] = turn.read()
-            turn.width = self._width()
+            turn.width = self._width(end - began)
             is_last = next(self._pieces[request.id], self) is self
             seconds = time.perf_counter() - began
             if is_last:
@@ -396,11 +406,11 @@ class Engine:
             self._token_s = _lately(self._token_s, seconds / count)
         return True
 
-    def _width(self) -> int:
-        """Tokens of a prompt that take about as long as ``PIECE_STEPS`` steps of the others."""
+    def _width(self, seconds: float) -> int:
+        """Tokens of a prompt that take about so long, if others would wait for it."""
         if not any(r.state == "decoding" for r in self._places.active) or not self._token_s:
             return PREFILL_CHUNK
-        return max(LEAST_PIECE, min(PREFILL_CHUNK, int(PIECE_STEPS * self._step_s / self._token_s)))
+        return max(LEAST_PIECE, min(PREFILL_CHUNK, int(seconds / self._token_s)))
 
     def _begin(self, request: Request) -> None:
         """The prompt is read but for its end: draw the first token."""

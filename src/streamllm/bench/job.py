@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""How threads wait for work, which torch and llama.cpp both go by; the command itself sets the first."""
+"""How threads wait for work, which torch and llama.cpp both go by; the command itself sets them."""
 
 
 @dataclass(frozen=True)
