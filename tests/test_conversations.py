@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -614,7 +616,7 @@ def test_a_session_is_carried_in_one_file(there: Conversations, tmp_path: Path) 
     there.rename("local", client.session, "My talk")
     there.export("local", client.session, tmp_path / "a.zip")
     view = there.import_("other", tmp_path / "a.zip")
-    assert (view.title, view.turns, view.is_named, view.is_resident) == ("My talk", 4, True, False)
+    assert (view.title, view.turns, view.is_named, view.is_resident) == ("My talk", 4, True, True)
     again = there.import_("local", tmp_path / "a.zip", "again")
     assert again.id == "again"
     other = Client(there, "other")
@@ -626,6 +628,25 @@ def test_a_session_is_carried_in_one_file(there: Conversations, tmp_path: Path) 
         with pytest.raises((StateError, ConfigError), match=r"damaged or no exported session|already"):
             there.import_("local", tmp_path / "b.zip", name)
     assert sorted(view.id for view in there.list("local")) == sorted(["again", client.session])
+
+
+def test_a_file_whose_instructions_do_not_fit_is_refused(there: Conversations, tmp_path: Path) -> None:
+    """Reference: the error; there is no session afterwards, and a file whose instructions fit comes in."""
+    client = Client(there)
+    client.say("Hello")
+    there.export("local", client.session, tmp_path / "a.zip")
+    for system in ("word " * 60, "word " * 4000, "Be kind."):
+        with zipfile.ZipFile(tmp_path / "a.zip") as old, zipfile.ZipFile(tmp_path / "b.zip", "w") as new:
+            header = json.loads(old.read("session.json"))
+            header["settings"]["system"] = system
+            new.writestr("session.json", json.dumps(header))
+            new.writestr("transcript.jsonl", old.read("transcript.jsonl"))
+        if system == "Be kind.":
+            assert there.import_("other", tmp_path / "b.zip").system == system
+        else:
+            with pytest.raises(ConfigError, match=r"instructions take|system prompt has"):
+                there.import_("other", tmp_path / "b.zip")
+            assert not list(there.list("other"))
 
 
 # ---- memory and disk

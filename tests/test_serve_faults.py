@@ -24,6 +24,7 @@ import torch
 from serving import MODEL, Served, application, listening, said, until
 from streamllm.errors import StateError
 from streamllm.server import answer as answer_module
+from streamllm.server.serve_job import listen
 from streamllm.transcript import Transcript
 from test_serve_process import Process, process
 
@@ -269,6 +270,19 @@ def test_a_client_that_reads_nothing_for_long_is_gone(tmp_path: Path, monkeypatc
     with application(tmp_path, slots=2) as made, listening(made, buffer=4096) as served, sluggish(served, 1):
         assert until(lambda: served.service.runs.running == 1)
         assert until(lambda: is_idle(served), 90)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux breaks such connections off by itself")
+def test_a_connection_that_nothing_is_taken_from_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the error that the system tells of the connection."""
+    monkeypatch.setattr(answer_module, "STALLED", 0.5)
+    with listen("127.0.0.1", 0) as place, socket.create_connection(place.getsockname()):
+        place.setblocking(True)
+        connection, _ = place.accept()
+        connection.settimeout(20)
+        with connection, pytest.raises(TimeoutError) as caught:
+            connection.sendall(bytes(1 << 30))
+    assert caught.value.errno == errno.ETIMEDOUT
 
 
 def is_still(served: Served) -> Callable[[], bool]:

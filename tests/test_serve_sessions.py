@@ -141,7 +141,7 @@ def test_a_fork_goes_on_by_itself(client: TestClient) -> None:
     whole = client.post(f"{SESSIONS}/source/fork", json={}).json()
     assert turns(client, whole["id"]) == turns(client, "source")
     assert "behind turn 3" in refused(client.post(f"{SESSIONS}/source/fork", json={"turns": 3}), 400)
-    assert "already" in refused(client.post(f"{SESSIONS}/source/fork", json={"id": "branch"}), 400)
+    assert "already" in refused(client.post(f"{SESSIONS}/source/fork", json={"id": "branch"}), 409)
     refused(client.post(f"{SESSIONS}/source/fork", json={"turns": -1}), 400)
     refused(client.post(f"{SESSIONS}/nothing/fork", json={}), 404)
 
@@ -156,7 +156,7 @@ def test_a_session_is_carried_in_a_file_and_goes_on_there_as_here(client: TestCl
     assert turns(client, "there") == turns(client, "here")
     one, two = (say(client, name, said("And then"))["choices"][0]["message"] for name in ("here", "there"))
     assert one == two
-    assert "already" in refused(client.post(f"{IMPORT}?id=there", content=file.content, headers=ZIP), 400)
+    assert "already" in refused(client.post(f"{IMPORT}?id=there", content=file.content, headers=ZIP), 409)
     elsewhere = client.post(f"{IMPORT}?id=there", content=file.content, headers=ZIP | OTHER)
     assert elsewhere.status_code == 201
 

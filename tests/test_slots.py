@@ -80,7 +80,7 @@ def test_steps_give_the_logits_of_the_usual_forward_or_say_why_not(
 
     What is compiled takes other forms for a few rows; here it is run without a compiler.
     """
-    monkeypatch.setattr(slots, "compile_module", lambda module, args, anew: module)
+    monkeypatch.setattr(slots, "compile_module", lambda module, args, sizes, anew: module)
     monkeypatch.setattr(slots, "_steps", weakref.WeakKeyDictionary())
     model, ids = make(family.name), draw(70)
     cache, alone = begun(model, ids[:10]), begun(model, ids[:10])
@@ -549,7 +549,7 @@ def test_slots_are_allocated_once_and_as_large_as_they_say(model: PreTrainedMode
         side.take(cache)
         for token in draw(20):
             side.step([cache], [token])
-        assert side.bytes == 2 * 2 * 3 * 2 * (CAPACITY + 1) * 16 * 8
+        assert side.bytes == 2 * 2 * 3 * 2 * (CAPACITY + 2) * 16 * 8
         side.release(cache)
 
 
@@ -639,6 +639,50 @@ def test_a_compiled_step_is_compiled_once_and_gives_the_logits_of_the_usual_forw
 
 
 @needs_compiler
+@pytest.mark.parametrize("compiles", [False, True], ids=["as it is", "compiled"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_steps_read_as_many_columns_as_the_longest_stream_has(
+    modules: Path, monkeypatch: pytest.MonkeyPatch, compiles: bool, kv_dtype: str
+) -> None:
+    """Reference: each stream alone, by the usual forward; the columns by hand, of streams of up to 139 tokens.
+
+    The one that stands between them takes part in no step but the last, and is what it was.
+    """
+    model = ALL["llama"].make(torch.float32, trained=256)
+    shape, tolerance = (4, 120, 16), 1e-4 if kv_dtype == "auto" else 0.05
+    side = Slots(model, 3, 139, compiles=compiles, note=pytest.fail)
+    young, idle, old = (begun(model, draw(age, age), shape, kv_dtype=kv_dtype) for age in (2, 58, 40))
+    alone = {cache: cache.fork() for cache in (young, idle, old)}
+    for cache in alone:
+        side.take(cache)
+
+    asked: list[int] = []
+
+    def width(needed: int, width: Any = side._width) -> int:
+        asked.append(width(needed))
+        return asked[-1]
+
+    monkeypatch.setattr(side, "_width", width)
+
+    def step(*caches: SinkCache, ids: list[int]) -> None:
+        asked.clear()
+        found = side.step(caches, ids)
+        for row, cache, id in zip(found, caches, ids, strict=True):
+            torch.testing.assert_close(row, usual(model, alone[cache], [id]), rtol=tolerance, atol=tolerance)
+
+    length = 40
+    for token in draw(130):
+        step(young, old, ids=[token, (token + 1) % VOCAB])
+        length += 1 if length < 139 else 1 - 16
+        assert asked[0] == (64 if length <= 64 else 128 if length <= 128 else 140)
+    step(young, idle, old, ids=[5, 6, 7])
+    assert old.tokens_evicted > 0
+    side.release(old)  # the last stream takes its place, or none is left behind
+    step(young, idle, ids=[8, 9])
+    assert len(side._compiled) == (2 if compiles else 0)
+
+
+@needs_compiler
 def test_a_compiled_step_follows_the_weights_and_outlives_an_error(
     built: PreTrainedModel, modules: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -676,7 +720,7 @@ def test_a_compiled_module_that_is_damaged_is_compiled_anew(
             path.write_bytes(damage(data))
         mended: list[Path] = []
 
-        def mend(module: nn.Module, args: Any, path: Path, mended: list[Path] = mended) -> None:
+        def mend(module: nn.Module, args: Any, sizes: Any, path: Path, mended: list[Path] = mended) -> None:
             mended.append(path)
             path.write_bytes(whole[path])
 
@@ -741,10 +785,10 @@ def test_steps_are_compiled_for_powers_of_two_and_for_all_slots(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reference: by hand; six streams that come and go need four steps, however often they do."""
-    sizes: list[int] = []
+    counts: list[int] = []
 
-    def record(module: nn.Module, args: tuple[Tensor, Any], *, anew: bool) -> nn.Module:
-        sizes.append(len(args[0]))
+    def record(module: nn.Module, args: tuple[Tensor, Any], sizes: Any, *, anew: bool) -> nn.Module:
+        counts.append(len(args[0]))
         return module
 
     monkeypatch.setattr(slots, "compile_module", record)
@@ -755,7 +799,7 @@ def test_steps_are_compiled_for_powers_of_two_and_for_all_slots(
             side.take(begun(model, draw(4, seed)))
             held = [cache for cache in side.caches if cache]
             assert side.step(held, [5] * len(held)).shape == (len(held), VOCAB)
-    assert sizes == [1, 2, 4, 6]
+    assert counts == [1, 2, 4, 6]
 
 
 @pytest.mark.parametrize("mends", [True, False])
@@ -765,7 +809,7 @@ def test_a_compiled_step_that_does_not_compute_what_the_model_does_is_not_used(
     """A hook was added since it was compiled, say. Reference: the usual forward; it is compiled anew, once."""
     asked: list[bool] = []
 
-    def stale(module: nn.Module, args: Any, *, anew: bool) -> Any:
+    def stale(module: nn.Module, args: Any, sizes: Any, *, anew: bool) -> Any:
         asked.append(anew)
         return module if anew and mends else lambda *args: module(*args) * 1.01
 
@@ -788,8 +832,8 @@ def test_a_compiled_step_is_held_against_the_model_on_slots_that_attend(
     old, model = model, copy.deepcopy(model)  # other tests have the old one, too
     layers: Any = model.get_decoder().layers
 
-    def stale(module: nn.Module, args: Any, *, anew: bool) -> Any:
-        step = slots._Step(old, Store, is_compiled=True)
+    def stale(module: nn.Module, args: Any, sizes: Any, *, anew: bool) -> Any:
+        step = slots.SlotStep(old, Store, is_compiled=True)
         unseen = torch.tensor([change != "id", change != "mask", True, True])
         return lambda plan, stores: step(plan * unseen, stores)
 
@@ -816,7 +860,7 @@ def test_two_threads_compile_once_and_an_interrupt_is_no_answer(
     """Reference: the number of attempts; what was broken off is tried again."""
     tried: list[int] = []
 
-    def slowly(module: nn.Module, args: Any, *, anew: bool) -> nn.Module:
+    def slowly(module: nn.Module, args: Any, sizes: Any, *, anew: bool) -> nn.Module:
         tried.append(len(tried))
         if len(tried) == 1:
             raise KeyboardInterrupt
@@ -866,7 +910,7 @@ def test_the_folder_of_compiled_modules_has_a_bound(tmp_path: Path, monkeypatch:
     foreign.write_bytes(b"not ours")
     paths = [tmp_path / f"{number:032x}.pt2" for number in range(6)]
     for age, path in enumerate(paths):
-        compiled._compile(nn.Linear(2, 2), (torch.zeros(1, 2),), path)
+        compiled._compile(nn.Linear(2, 2), (torch.zeros(1, 2),), None, path)
         assert path.read_bytes() == b"code"
         for young, other in enumerate(paths[: age + 1]):
             if other.exists():
@@ -874,5 +918,5 @@ def test_the_folder_of_compiled_modules_has_a_bound(tmp_path: Path, monkeypatch:
     assert sorted(tmp_path.iterdir()) == [paths[1], paths[4], paths[5], foreign]
     broken = True
     with pytest.raises(RuntimeError, match="no compiler"):
-        compiled._compile(nn.Linear(2, 2), (torch.zeros(1, 2),), tmp_path / "7.pt2")
+        compiled._compile(nn.Linear(2, 2), (torch.zeros(1, 2),), None, tmp_path / "7.pt2")
     assert sorted(tmp_path.iterdir()) == [paths[1], paths[4], paths[5], foreign]

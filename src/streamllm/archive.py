@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from streamllm.atomic import replacing
-from streamllm.errors import StateError, StreamLLMError
+from streamllm.errors import StateError, StreamLLMError, TakenError
 from streamllm.hold import Hold, make_private
 from streamllm.session_settings import check_settings
 from streamllm.sessions import STATE, TRANSCRIPT, Session, check_name, hidden, sessions_folder, sweep
@@ -94,8 +94,8 @@ def import_session(
         The name.
 
     Raises:
-        ConfigError: no session can be called so.
-        StateError: the file is damaged or none of ours, there is a session of that name, or none can be written.
+        ConfigError: no session can be called so; or one is: ``TakenError``.
+        StateError: the file is damaged or none of ours, or none can be written.
     """
     folder, shown = folder or sessions_folder(), shown or str(file)
     with _sentences(shown), zipfile.ZipFile(file) as archive:
@@ -167,7 +167,7 @@ def _lines(member: IO[bytes]) -> Iterator[bytes]:
 def _refuse_taken(path: Path) -> None:
     """Keep what is there already."""
     if path.exists():
-        raise StateError(
+        raise TakenError(
             f"There is a session {path.name!r} already; import it under another --name, or delete that one."
         )
 

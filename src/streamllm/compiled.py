@@ -1,4 +1,4 @@
-"""A module of fixed shapes, compiled once and kept on disk: the second start takes a second, not a minute.
+"""A module, compiled once and kept on disk: the second start takes a second, not a minute.
 
 On a processor it is exported and compiled ahead of time, to a file in the user's cache folder that holds code but no
 weights. On an accelerator ``torch.compile`` does the same with CUDA graphs, and keeps its own cache.
@@ -40,8 +40,12 @@ _CONFIG = {
 }
 
 
-def compile_module(module: nn.Module, args: tuple[Any, ...], *, anew: bool = False) -> Callable[..., Any]:
+def compile_module(
+    module: nn.Module, args: tuple[Any, ...], sizes: Any = None, *, anew: bool = False
+) -> Callable[..., Any]:
     """Return ``module`` as a function of arguments with the shapes of ``args``; it may have been called with them.
+
+    ``sizes``: those of the shapes that may vary on a processor, as ``dynamic_shapes`` of ``torch.export.export``.
 
     The weights stay where they are: a change in place is seen, a new tensor in its place is not. ``anew``: do not take
     what was compiled before.
@@ -56,10 +60,10 @@ def compile_module(module: nn.Module, args: tuple[Any, ...], *, anew: bool = Fal
         with _grouped_attention(), torch._dynamo.config.patch(recompile_limit=MOST_SIZES):
             compiled(*args)  # compiles now, not at the first token
         return compiled
-    path = folder() / f"{_digest(module, args)}.pt2"
+    path = folder() / f"{_digest(module, args, sizes)}.pt2"
     loaded = None if anew else _load(path)
     if loaded is None:
-        _compile(module, args, path)
+        _compile(module, args, sizes, path)
         loaded = torch._inductor.aoti_load_package(str(path))
     weights = {
         **dict(module.named_parameters(remove_duplicate=False)),
@@ -97,7 +101,7 @@ def _load(path: Path) -> Any:
         return None
 
 
-def _compile(module: nn.Module, args: tuple[Any, ...], path: Path) -> None:
+def _compile(module: nn.Module, args: tuple[Any, ...], sizes: Any, path: Path) -> None:
     """Compile to ``path``, and let go of what was unused for longest."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_private(path.parent):
@@ -107,7 +111,7 @@ def _compile(module: nn.Module, args: tuple[Any, ...], path: Path) -> None:
         )
     with torch.no_grad(), _grouped_attention(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the inside of the compiler
-        exported = torch.export.export(module, args, strict=False)
+        exported = torch.export.export(module, args, dynamic_shapes=sizes, strict=False)
         strange = set(exported.constants) - {name for name, _ in module.named_buffers(remove_duplicate=False)}
         if strange:
             raise UnsupportedModelError(f"the step has {min(strange)}, which is no weight of the model")
@@ -148,7 +152,7 @@ def _grouped_attention() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _digest(module: nn.Module, args: tuple[Any, ...]) -> str:
+def _digest(module: nn.Module, args: tuple[Any, ...], sizes: Any) -> str:
     """Of everything that the code depends on: versions, machine, classes, configs, shapes."""
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     configs = [
@@ -167,6 +171,7 @@ def _digest(module: nn.Module, args: tuple[Any, ...]) -> str:
         [(name, type(child).__module__, type(child).__qualname__) for name, child in module.named_modules()],
         [(name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in tensors],
         [(leaf.dtype, leaf.shape, leaf.stride()) for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)],
+        [str(leaf) for leaf in pytree.tree_leaves(sizes)],
         configs,
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
@@ -182,7 +187,7 @@ def _processor() -> str:
 def _sources() -> str:
     """A digest of this package's own code, as far as it can be a part of what is compiled."""
     here = Path(__file__).parent
-    names = ("compiled.py", "slots.py", "quick_forms.py", "store.py", "zero_sink.py", "quantize.py")
+    names = ("compiled.py", "slots.py", "slot_step.py", "quick_forms.py", "store.py", "zero_sink.py", "quantize.py")
     found = hashlib.sha256()
     for name in names:
         found.update((here / name).read_bytes())

@@ -4,6 +4,7 @@
 
     StreamLLMError                    exit 1, HTTP 500
     ├── ConfigError                   exit 2, HTTP 400   a value that cannot be used (also a ValueError)
+    │   └── TakenError                exit 2, HTTP 409   a name that something else has
     ├── ModelNotFoundError            exit 1, HTTP 404   no such model, no access, or no network to fetch it
     ├── ModelFilesError               exit 1, HTTP 422   the model's folder lacks something or is damaged
     ├── UnsupportedModelError         exit 1, HTTP 422   this model's positions cannot be moved
@@ -32,6 +33,12 @@ class ConfigError(StreamLLMError, ValueError):
 
     exit_code = 2
     http_status = 400
+
+
+class TakenError(ConfigError):
+    """Something has this name already."""
+
+    http_status = 409
 
 
 class ModelNotFoundError(StreamLLMError):

@@ -1,9 +1,10 @@
-"""Slots for streams side by side, and one step that reads a token of each, by shapes that never change.
+"""Slots for streams side by side, and one step that reads a token of each.
 
 A stream is a ``SinkCache`` of one row. In a slot its keys and values are views of one large store, so everything that
-works on a stream works there too: usual forwards, evictions, pins, snapshots. The step is handed all columns of all
-slots and hides those that are not in use; so it can be compiled once, and streams come, go and evict as they like.
-Shapes: ``n`` slots, ``C`` columns of each, and one more that takes what idle slots write; ``V`` vocabulary.
+works on a stream works there too: usual forwards, evictions, pins, snapshots. The step is handed the columns of all
+slots up to the longest stream's and hides those that are not in use; so it can be compiled once for so many slots, and
+streams come, go and evict as they like. What a slot's own step would overwrite next takes what it writes while idle.
+Shapes: ``n`` slots, ``C`` columns of each; ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from streamllm.cache import SinkCache
 from streamllm.compiled import compile_module
 from streamllm.errors import CacheError, ConfigError, StreamLLMError, StreamLLMWarning, UnsupportedModelError
 from streamllm.layer import SinkLayer
 from streamllm.quantize import kind_of
-from streamllm.quick_forms import QuickForms
+from streamllm.slot_step import SlotStep
 from streamllm.store import STORES, Store
 
 Pair = tuple[Store, Store]
 """Keys and values of one layer."""
+
+STRIDE = 64
+"""A step reads a multiple of so many columns, or all of them."""
 
 
 def why_not(cache: SinkCache) -> str | None:
@@ -72,10 +75,10 @@ class Slots:
         self.caches: list[SinkCache | None] = [None] * count
         self._model, self._decoder = model, model.get_decoder()
         self._note = note or (lambda text: warnings.warn(text, StreamLLMWarning, stacklevel=5))
-        self._stores: list[Pair] = []  # of each layer, [count, H, C + 1, D]
-        self._views: dict[int, list[list[Tensor]]] = {}
+        self._stores: list[Pair] = []  # of each layer, [count, H, C + SPARE, D]
+        self._views: dict[tuple[int, int], list[list[Tensor]]] = {}
         self._compiled: dict[int, Callable[..., Tensor] | None] = {}
-        self._plain: _Step | None = None  # the step as it is; it holds the model, so it may not stand in _steps
+        self._plain: SlotStep | None = None  # the step as it is; it holds the model, so it may not stand in _steps
         self._weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
 
     @property
@@ -165,14 +168,15 @@ class Slots:
         if len({id(cache) for cache in caches}) < len(caches):
             raise CacheError("A step reads one token of each stream, you named one twice.")
         places = [self._place_of(cache) for cache in caches]
-        # Id, first column, column of the id, position; idle slots write into the spare column.
-        plan = [[0, self.columns, self.columns, 0] for _ in range(self._size(max(places) + 1))]
+        # Id, first column, column of the id, position; idle slots write where their next token will.
+        plan = [[0, end, end, 0] for end in map(self._end, self.caches[: self._size(max(places) + 1)])]
         for cache, place, token in zip(caches, places, ids, strict=True):
             cache.enter(self._decoder, torch.tensor([[token]]), None, [True], are_ids=True)
             ledger = _sink_layers(cache)[0].ledger
             stream = ledger.rows[0]
             plan[place] = [token, stream.start, ledger.end, ledger.position(stream)]
-        logits = self._run(len(plan))(torch.tensor(plan, device=self._model.device), self._tensors(len(plan)))
+        width = self._width(1 + max(column for _, _, column, _ in plan))
+        logits = self._run(len(plan))(torch.tensor(plan, device=self._model.device), self._tensors(len(plan), width))
         # All memory is had before the first token counts. A graph writes its results into the same place again.
         found: Tensor = logits[places] if logits.is_cuda or places != list(range(len(plan))) else logits
         for cache in caches:
@@ -188,7 +192,7 @@ class Slots:
         found = []
         for store in layer.stores or ():
             like = store.cut(_ALL, 0, 0).read()
-            found.append(type(store).allocate(like.expand(len(self.caches), -1, -1, -1), self.columns + 1))
+            found.append(type(store).allocate(like.expand(len(self.caches), -1, -1, -1), self.columns + SPARE))
         keys, values = found
         return keys, values
 
@@ -227,21 +231,36 @@ class Slots:
         """Slots that a step reads: all in use, or the next power of two if each size is compiled."""
         return min(1 << (used - 1).bit_length(), len(self.caches)) if self.compiles else used
 
-    def _tensors(self, count: int) -> list[list[Tensor]]:
-        """The parts of the first ``count`` slots' stores, layer by layer: of keys, then of values."""
-        if count not in self._views:
+    def _end(self, cache: SinkCache | None) -> int:
+        """The column that the next token of a slot goes to."""
+        return 0 if cache is None else min(_sink_layers(cache)[0].ledger.end, self.columns)
+
+    @property
+    def _varies(self) -> bool:
+        """Whether steps read as many columns as they need; one that a graph was recorded of reads all."""
+        return self._model.device.type == "cpu" or not self.compiles
+
+    def _width(self, needed: int) -> int:
+        """Columns that a step reads which needs so many."""
+        most = self.columns + 1
+        return min(-(-needed // STRIDE) * STRIDE, most) if self._varies else most
+
+    def _tensors(self, count: int, width: int) -> list[list[Tensor]]:
+        """So many columns of the first ``count`` slots' stores, layer by layer: of keys, then of values."""
+        if (count, width) not in self._views:
             rows = slice(0, count)
-            views = [[part[rows] for store in pair for part in store.parts().values()] for pair in self._stores]
+            cut = [[store.cut(rows, 0, width) for store in pair] for pair in self._stores]
+            views = [[part for store in pair for part in store.parts().values()] for pair in cut]
             for part in (part for parts in views for part in parts if part.is_cuda):
                 torch._dynamo.mark_static_address(part)  # or there is no graph, as the step writes into it
-            self._views[count] = views
-        return self._views[count]
+            self._views[count, width] = views
+        return self._views[count, width]
 
     def _run(self, count: int) -> Callable[..., Tensor]:
         """The step over ``count`` slots, compiled if it can be."""
         kind = type(self._stores[0][0])
         if self._plain is None:
-            self._plain = _Step(self._model, kind)
+            self._plain = SlotStep(self._model, kind)
         if self.compiles and count not in self._compiled:
             self._compiled[count] = self._find(count, kind)
         return self._compiled.get(count) or self._plain
@@ -264,10 +283,10 @@ class Slots:
 
     def _compile(self, count: int, kind: type[Store]) -> Callable[..., Tensor] | str:
         """The step over ``count`` slots, loaded or compiled now; or why that cannot be."""
-        step = _Step(self._model, kind, is_compiled=True)
+        step = SlotStep(self._model, kind, is_compiled=True)
         try:
             for anew in (False, True):
-                found = compile_module(step, (self._idle(count), self._tensors(count)), anew=anew)
+                found = compile_module(step, *self._example(count), anew=anew)
                 if self._agrees(found, count):
                     return found
         except StreamLLMError as error:
@@ -280,11 +299,16 @@ class Slots:
             return f"{type(error).__name__}, {str(error)[:100].strip()}{hint}"
         return "it gives other numbers than the model itself"
 
-    def _idle(self, count: int) -> Tensor:
-        """The plan of slots that read nothing: they write into the spare column."""
+    def _example(self, count: int) -> tuple[tuple[Tensor, list[list[Tensor]]], Any]:
+        """Arguments of a step of ``count`` slots that changes no stream, and which of their sizes vary."""
+        most = self.columns + 1
         plan = torch.zeros((count, 4), dtype=torch.long, device=self._model.device)
         plan[:, 1:3] = self.columns
-        return plan
+        tensors = self._tensors(count, most)
+        if not self._varies or most <= STRIDE:
+            return (plan, tensors), None
+        columns = torch.export.Dim("columns", min=2, max=most)
+        return (plan, tensors), {"plan": None, "stores": [[{2: columns} for _ in parts] for parts in tensors]}
 
     def _agrees(self, step: Callable[..., Tensor], count: int) -> bool:
         """Whether a compiled step still computes what the model does: hooks or adapters may have come or gone.
@@ -293,7 +317,7 @@ class Slots:
         meanwhile is noise, as large as what the model itself wrote there, so that every query and mask counts.
         """
         assert self._plain is not None
-        tensors, least = self._tensors(count), min(8, self.columns)
+        least, most = min(8, self.columns), self.columns + 1
         places = [(slot, min(1 + slot % 2, least - 1)) for slot in range(count)]
         plan = torch.tensor(
             [[slot + 3, first, max(first, least - 1 - slot % 2), least // 2 + slot] for slot, first in places],
@@ -303,11 +327,14 @@ class Slots:
         before = [store.clone() for store in used]
         draw = torch.Generator().manual_seed(0)
         try:
-            self._plain(plan, tensors)
+            self._plain(plan, self._tensors(count, most))
             for store in used:
                 own = store.read()[torch.arange(count), :, plan[:, 2]][:, :, None]
                 store.write(own * torch.randn(store.data.shape, generator=draw).to(own))
-            want, found = (run(plan, tensors).float() for run in (self._plain, step))
+            pairs = [
+                [run(plan, self._tensors(count, width)).float() for run in (self._plain, step)]
+                for width in {self._width(least), most}
+            ]
         finally:
             for store, old in zip(used, before, strict=True):
                 store.fill(old)
@@ -315,8 +342,13 @@ class Slots:
         # And positions are turned into angles in float32, whatever the dtype.
         coarse = torch.float32 if kind_of(self._model) == "none" else torch.bfloat16
         dtype = max(self._model.dtype, coarse, key=lambda dtype: torch.finfo(dtype).eps)
-        return bool((found - want).norm() <= want.norm() * torch.finfo(dtype).eps ** 0.5)
+        most_off = torch.finfo(dtype).eps ** 0.5
+        return all(bool((found - want).norm() <= want.norm() * most_off) for want, found in pairs)
 
+
+SPARE = 2
+"""Columns of a slot beyond ``C``: one for what a full slot writes while idle, and one that is never read, so that what
+is read never lies in one piece: a compiled step of any width finds it laid out alike."""
 
 NOT_COMPILED = "Decoding is not compiled, which is slower: {}"
 """What a note says, with the reason."""
@@ -340,83 +372,3 @@ def _sink_layers(cache: SinkCache) -> list[SinkLayer]:
 def _is_at(layer: SinkLayer, pair: Pair, slot: int) -> bool:
     """Whether a layer's columns are those of a slot."""
     return layer.stores is not None and layer.stores[0].data.data_ptr() == pair[0].data[slot].data_ptr()
-
-
-class _Step(nn.Module):
-    """What is compiled: one token of each slot through the model."""
-
-    def __init__(self, model: PreTrainedModel, kind: type[Store], *, is_compiled: bool = False) -> None:
-        super().__init__()
-        self.model, self.kind, self.is_compiled = model, kind, is_compiled
-        self.training = False  # of this module alone: the model's own mode is its owner's
-
-    def forward(self, plan: Tensor, stores: list[list[Tensor]]) -> Tensor:
-        """``plan`` [n, 4]: id, first column, column of the id, position; logits [n, V]."""
-        ids, first, column, position = plan.unbind(1)
-        columns = torch.arange(stores[0][0].shape[2], device=plan.device)
-        hidden = (columns < first[:, None]) | (columns > column[:, None])
-        dtype = self.model.dtype
-        mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
-        view = _View([_View.layer(self.kind, parts, column) for parts in stores])
-        with QuickForms(loops=self.is_compiled):
-            found = self.model(
-                input_ids=ids[:, None],
-                position_ids=position[:, None],
-                attention_mask=mask[:, None, None],
-                past_key_values=view,
-                use_cache=True,
-            )
-        logits: Tensor = found.logits[:, -1]
-        return logits
-
-
-class _SlotLayer(CacheLayerMixin):
-    """All columns of a layer, of which one of each slot is written."""
-
-    is_compileable = True
-    is_sliding = False
-
-    def __init__(self, keys: Store, values: Store, column: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.pair, self.column = (keys, values), column
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [n, H, 1, D] into each slot's column; return all columns."""
-        rows = torch.arange(len(self.column), device=self.column.device)
-        for store, states in zip(self.pair, (key_states, value_states), strict=True):
-            store.put(rows, self.column, states[:, :, 0])
-        keys, values = self.pair
-        return keys.read(), values.read()
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: everything is there."""
-
-    def get_seq_length(self) -> int:
-        """Unused: positions are given."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what ``update`` returns."""
-        return self.get_max_length(), 0
-
-    def get_max_length(self) -> int:
-        """Columns."""
-        return self.pair[0].columns
-
-
-class _View(Cache):
-    """The slots as the model sees them."""
-
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__(layers=layers)
-
-    @staticmethod
-    def layer(kind: type[Store], parts: list[Tensor], column: Tensor) -> _SlotLayer:
-        """A layer of the parts of its keys, then of its values."""
-        half = len(parts) // 2
-        return _SlotLayer(kind(*parts[:half]), kind(*parts[half:]), column)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Unused: positions are given."""
-        return 0

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from streamllm.errors import BusyError, ConfigError, InputError, StreamLLMError
+from streamllm.errors import BusyError, StreamLLMError
 
 RETRY_AFTER = 1
 """Seconds after which to try again, where nothing better is known."""
@@ -94,13 +94,8 @@ def refusal_of(error: BaseException) -> Refusal:
         return Refusal(507, str(error))
     if not isinstance(error, StreamLLMError):
         return Refusal(500, "The server made a mistake; its log says more.", code="internal_error")
-    status = error.http_status
-    code = None
-    if isinstance(error, (ConfigError, InputError)):
-        code = "invalid_value"
-    elif isinstance(error, BusyError) and "closing" in str(error):
-        status = 503
-    return Refusal(status, str(error), code=code)
+    is_closing = isinstance(error, BusyError) and "closing" in str(error)
+    return Refusal(503 if is_closing else error.http_status, str(error))
 
 
 def _is_full(error: BaseException) -> bool:

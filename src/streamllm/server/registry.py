@@ -190,7 +190,7 @@ class Registry:
         """Make a session from a file that ``export`` wrote.
 
         Raises:
-            ConfigError: no session can be called so, or one is.
+            ConfigError: no session can be called so, or its instructions do not fit; or one is: ``TakenError``.
             BusyError: there is no room for one more.
             StateError: the file is damaged, none of ours or unpacks to too much, or it cannot be written.
         """
@@ -205,5 +205,6 @@ class Registry:
                 shelf.index.touch(name, turns=transcript.count())
                 if (last := next(iter(transcript.turns()), None)) is not None:
                     entitle(transcript, last.user)
-        self._rooms.pool.release(berth)
+            self._rooms.seat(shelf, berth)  # or one that cannot be gone on with would stay
+        self._rooms.let_go(shelf, berth)
         return self.view(owner, name)

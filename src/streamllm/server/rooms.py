@@ -16,7 +16,7 @@ from pathlib import Path
 
 from streamllm.config import MOST_RESIDENT, RESIDENT_SHARE
 from streamllm.engine import Engine
-from streamllm.errors import BusyError, ConfigError, StateError, StreamLLMError
+from streamllm.errors import BusyError, ConfigError, StateError, StreamLLMError, TakenError
 from streamllm.models import free_bytes
 from streamllm.server.opener import Opener
 from streamllm.server.pool import PATIENCE, Berth, Pool
@@ -140,7 +140,7 @@ class Rooms:
         """A session that is to be made in the block, and is claimed then; if the block fails, it is not there.
 
         Raises:
-            ConfigError: no session can be called so, or one is.
+            ConfigError: no session can be called so; or one is: ``TakenError``.
             BusyError: there are too many, and none that may be deleted.
         """
         name = shelf.new_name() if name is None else name
@@ -280,5 +280,5 @@ def in_use(name: str) -> BusyError:
     return BusyError(f"Session {name!r} is in use: wait for the end of the reply that goes on in it, or stop that one.")
 
 
-def _taken(name: str) -> ConfigError:
-    return ConfigError(f"There is a session {name!r} already; take another name, or delete that one.")
+def _taken(name: str) -> TakenError:
+    return TakenError(f"There is a session {name!r} already; take another name, or delete that one.")

@@ -106,7 +106,7 @@ class ServeJob:
         keys = Keys(self.keys)
         check_exposure(self.serve.host, keys)
         context = self._tls()
-        place = self._listen()
+        place = listen(self.serve.host, self.serve.port)
         allow_files()
         with Screen(quiet=self.quiet, verbose=True) as screen, place:
             # 2. the socket answers, while the model is loaded
@@ -158,28 +158,6 @@ class ServeJob:
             ) from error
         return context
 
-    def _listen(self) -> socket.socket:
-        """The socket, which is ours from now on."""
-        host, port = self.serve.host, self.serve.port
-        try:
-            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            place = socket.socket(family, socket.SOCK_STREAM)
-            if os.name != "nt":
-                place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                place.bind(address)
-                place.listen(2048)
-            except BaseException:
-                place.close()
-                raise
-        except OSError as error:
-            raise ConfigError(
-                f"{host}, port {port}, cannot be listened on: {error.strerror or error}; choose another --port or "
-                "--host."
-            ) from error
-        place.setblocking(False)
-        return place
-
     def load(self, app: FastAPI) -> Service:
         """Load the model and what it answers with.
 
@@ -204,7 +182,7 @@ class ServeJob:
             config=self.cache,
             columns=self.serve.columns(probe.capacity, probe.config.sinks, probe.config.window or 0),
             compile=self.compile,
-            folder=state / "swap",
+            folder=state / ".swap",
         )
         name = shown(folder)
         name = Path(name).name if Path(name).is_dir() else name  # a folder by its last name, a Hub id as it is
@@ -232,6 +210,37 @@ class ServeJob:
             logs_messages=self.logs_messages,
             tell=app.state.journal.tell,
         )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that connections come to.
+
+    On Linux a connection whose other end takes nothing for ``STALLED`` seconds breaks off by itself.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    from streamllm.server import answer
+
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        place = socket.socket(family, socket.SOCK_STREAM)
+        if os.name != "nt":
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # each connection inherits it
+            place.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * answer.STALLED))
+        try:
+            place.bind(address)
+            place.listen(2048)
+        except BaseException:
+            place.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"{host}, port {port}, cannot be listened on: {error.strerror or error}; choose another --port or --host."
+        ) from error
+    place.setblocking(False)
+    return place
 
 
 class _Process:
