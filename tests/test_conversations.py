@@ -616,7 +616,7 @@ def test_a_session_is_carried_in_one_file(there: Conversations, tmp_path: Path) 
     there.rename("local", client.session, "My talk")
     there.export("local", client.session, tmp_path / "a.zip")
     view = there.import_("other", tmp_path / "a.zip")
-    assert (view.title, view.turns, view.is_named, view.is_resident) == ("My talk", 4, True, True)
+    assert (view.title, view.turns, view.is_named, view.is_resident) == ("My talk", 4, True, False)
     again = there.import_("local", tmp_path / "a.zip", "again")
     assert again.id == "again"
     other = Client(there, "other")
@@ -746,6 +746,14 @@ def test_a_session_of_another_window_is_read_anew(engine: Engine, tmp_path: Path
         assert client.found.how == "continued"
         assert 0 < client.found.read_tokens <= WINDOW
         assert client.found.chat.cache.config.window == WINDOW
+
+
+def test_the_folder_of_streams_that_wait_is_nobodys(engine: Engine, tmp_path: Path) -> None:
+    """Reference: a folder that is an owner's."""
+    for name in (".swap", "local"):
+        (tmp_path / name).mkdir()
+    with begin(engine, tmp_path) as there:
+        assert list(there._rooms._shelves) == ["local"]
 
 
 def test_instructions_that_do_not_fit_are_refused_and_nothing_is_made(there: Conversations) -> None:

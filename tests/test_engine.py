@@ -563,6 +563,24 @@ def test_prompts_are_read_for_as_long_as_four_steps(
     assert next(filter(None, found)) == running
 
 
+def test_there_is_an_end_to_what_is_read_in_one_turn(engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: by hand: once 256 of 600 tokens are read the turn is over, however long steps have taken lately."""
+    read: list[int] = []
+
+    def watch(step: Any = engine._step) -> Any:
+        read.append(engine._read)
+        return step()
+
+    monkeypatch.setattr(engine, "_step", watch)
+    monkeypatch.setattr("streamllm.engine._lately", lambda before, now: before)
+    engine._step_s = 1000.0
+    with engine._changed:
+        requests = [engine.submit([5] * 200, max_tokens=1) for _ in range(3)]
+    for request in requests:
+        request.text()
+    assert 256 <= read[0] < 512
+
+
 def test_long_prompts_are_read_in_turns(loaded, engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: by hand: a piece of one, a piece of the other, each as long as it was to be."""
     grown: list[list[int]] = []

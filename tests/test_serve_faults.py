@@ -24,7 +24,7 @@ import torch
 from serving import MODEL, Served, application, listening, said, until
 from streamllm.errors import StateError
 from streamllm.server import answer as answer_module
-from streamllm.server.serve_job import listen
+from streamllm.server import serve_job
 from streamllm.transcript import Transcript
 from test_serve_process import Process, process
 
@@ -275,8 +275,8 @@ def test_a_client_that_reads_nothing_for_long_is_gone(tmp_path: Path, monkeypatc
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux breaks such connections off by itself")
 def test_a_connection_that_nothing_is_taken_from_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the error that the system tells of the connection."""
-    monkeypatch.setattr(answer_module, "STALLED", 0.5)
-    with listen("127.0.0.1", 0) as place, socket.create_connection(place.getsockname()):
+    monkeypatch.setattr(serve_job, "STALLED", 0.5)
+    with serve_job.listen("127.0.0.1", 0) as place, socket.create_connection(place.getsockname()):
         place.setblocking(True)
         connection, _ = place.accept()
         connection.settimeout(20)

@@ -28,7 +28,7 @@ from streamllm import Chat, SamplingConfig
 from streamllm import archive as archive_module
 from streamllm.archive import export_session, import_session
 from streamllm.console import unwinding
-from streamllm.errors import BusyError, ConfigError, StateError
+from streamllm.errors import BusyError, ConfigError, StateError, TakenError
 from streamllm.hold import LOCK, PID, Hold, holder_of
 from streamllm.sessions import (
     Session,
@@ -646,7 +646,7 @@ def test_a_session_comes_back_under_its_own_name_and_never_over_another(tmp_path
     before = everything(folder)
     code, _, err = run("sessions", "import", str(tmp_path / "work.zip"))
     assert (code, err) == (
-        1,
+        2,
         "streamllm: There is a session 'work' already; import it under another --name, or delete that one.",
     )
     assert everything(folder) == before
@@ -667,7 +667,7 @@ def test_a_session_that_appears_while_another_is_imported_stays(
         load(*arguments)
 
     monkeypatch.setattr(archive_module, "load", slow)
-    with pytest.raises(StateError, match="There is a session 'other' already"):
+    with pytest.raises(TakenError, match="There is a session 'other' already"):
         import_session(tmp_path / "work.zip", "other")
     assert len(records("other")) == 6
     assert sorted(path.name for path in folder.iterdir()) == ["other", "work"]

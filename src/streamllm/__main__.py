@@ -12,13 +12,6 @@ import signal
 import sys
 from contextlib import suppress
 
-WAITING = {"GOMP_SPINCOUNT": "3000", "OMP_WAIT_POLICY": "active", "KMP_BLOCKTIME": "200"}
-"""How threads of torch wait for work. With GNU OpenMP they look for it 3000 times before they sleep: the library's own
-millions stall everything as soon as another process wants a core, 70 against 165 tokens/s on two cores, and make no
-difference on quiet ones. "active" is about the threads of a second thread that computes, such as the engine's: without
-it they look 100 times only, and a step of eight streams takes 6.7 ms instead of 4.3 (all measured on stories7M). The
-last is what LLVM's and Intel's OpenMP do by themselves, in milliseconds; "active" would let them look for ever."""
-
 COLLECT = (100_000, 50, 100)
 """How many new objects make Python look for garbage. Its own 700 make it look through all the libraries again and again
 while they load: 1.8 s from torch to the first token, and 1.4 s so. What a stream leaves behind is far less."""
@@ -51,7 +44,9 @@ def main() -> None:
 
 def spin_less() -> None:
     """Let waiting threads sleep soon, unless the user has said how they shall wait; before torch is loaded."""
-    if not WAITING.keys() & os.environ.keys():
+    from streamllm.config import WAITING
+
+    if sys.platform == "linux" and not WAITING.keys() & os.environ.keys():
         os.environ.update(WAITING)
 
 

@@ -37,6 +37,14 @@ ones as those of none, those of 16 up to 1.4 times, those of 32 three times."""
 PREFILL_CHUNK = 256
 """Tokens read in one forward while a prompt crosses evictions; 64, one block, would leave half the machine idle."""
 
+WAITING = {"GOMP_SPINCOUNT": "3000", "OMP_WAIT_POLICY": "active", "KMP_BLOCKTIME": "200"}
+"""How threads of torch wait for work in a process of ours on Linux, where torch comes with GNU OpenMP. They look for it
+3000 times before they sleep: the library's own millions stall everything as soon as another process wants a core, 70
+against 165 tokens/s on two cores, and make no difference on quiet ones. "active" is about the threads of a second
+thread that computes, such as the engine's: without it they look 100 times only, and a step of eight streams takes 6.7
+ms instead of 4.3 (measured on stories7M). The last is for builds of torch with LLVM's or Intel's OpenMP: their own
+default, which "active" would make endless."""
+
 ANSWER_TOKENS = 256
 """Tokens of one answer of a pipe at most, because a pipe must go on."""
 
@@ -52,6 +60,9 @@ RESIDENT_SHARE = 4
 
 MOST_RESIDENT = 128
 """Conversations that a server keeps in memory at most; each holds four files open."""
+
+STALLED = 600.0
+"""Seconds that a client of a server may take for what is sent at once; then it is as good as gone."""
 
 MOST_SYSTEM = 256
 """Tokens of instructions that a server has room for, unless it is told otherwise; each costs a little in every step."""

@@ -45,6 +45,10 @@ LEAST_PIECE = 16
 class Engine:
     """Serves many streams of one model; see the module. Threads may share it; ``with`` closes it.
 
+    Attributes:
+        bytes_per_stream: of a full cache.
+        longest_head: most tokens that a stream may pin.
+
     Args:
         model, tokenizer: as of ``load``.
         slots: streams that generate at the same time.
@@ -91,6 +95,7 @@ class Engine:
         self.config = config or CacheConfig()
         probe = self._new_cache()
         self.columns = max(columns or 0, probe.capacity)
+        self.longest_head = self.columns - probe.capacity + probe.config.sinks
         self.bytes_per_stream = probe.bytes_when_full * self.columns // probe.capacity
         free = free_bytes(model.device)
         memory = (None if free is None else free * 4 // 5) if memory is None else memory
@@ -372,11 +377,14 @@ class Engine:
     # ---- the work
 
     def _read_pieces(self) -> bool:
-        """Let streams read pieces of their prompts for as long as ``PIECE_STEPS`` steps; whether there was one."""
-        end = time.perf_counter() + PIECE_STEPS * self._step_s
+        """Let streams read pieces of their prompts for as long as ``PIECE_STEPS`` steps; whether there was one.
+
+        A step may once have taken long for other reasons, so there is an end to what is read in one turn.
+        """
+        end, most = time.perf_counter() + PIECE_STEPS * self._step_s, self._read + PREFILL_CHUNK
         if not self._read_a_piece(end):
             return False
-        while time.perf_counter() < end and self._read_a_piece(end):
+        while self._read < most and time.perf_counter() + LEAST_PIECE * self._token_s < end and self._read_a_piece(end):
             pass
         return True
 
@@ -434,8 +442,9 @@ class Engine:
         rows = self._forward(ready)
         alive = [(r, row) for r, row in zip(ready, rows, strict=True) if isinstance(row, Tensor)]
         requests, logits = [r for r, _ in alive], [row for _, row in alive]
-        self._show(requests, self._draw(requests, logits), logits)
+        drawn = self._draw(requests, logits)
         self._step_s = _lately(self._step_s, time.perf_counter() - began)
+        self._show(requests, drawn, logits)
         return True
 
     def _forward(self, ready: list[Request]) -> Sequence[Tensor | None]:

@@ -18,7 +18,13 @@ from streamllm.store import Store
 
 
 class SlotStep(nn.Module):
-    """What is compiled: one token of each slot through the model."""
+    """See the module.
+
+    Args:
+        model: that reads.
+        kind: of the stores.
+        is_compiled: whether it is to be compiled, so that forms are used which only pay then.
+    """
 
     def __init__(self, model: PreTrainedModel, kind: type[Store], *, is_compiled: bool = False) -> None:
         super().__init__()
@@ -26,7 +32,12 @@ class SlotStep(nn.Module):
         self.training = False  # of this module alone: the model's own mode is its owner's
 
     def forward(self, plan: Tensor, stores: list[list[Tensor]]) -> Tensor:
-        """``plan`` [n, 4]: id, first column, column of the id, position; logits [n, V]."""
+        """Logits [n, V] after one token of each slot.
+
+        Args:
+            plan: [n, 4]: id, first column that it sees, column that it goes to, position.
+            stores: of each layer the parts [n, H, W, ..] of its keys, then of its values; W columns are read.
+        """
         ids, first, column, position = plan.unbind(1)
         columns = torch.arange(stores[0][0].shape[2], device=plan.device)
         hidden = (columns < first[:, None]) | (columns > column[:, None])
@@ -46,7 +57,7 @@ class SlotStep(nn.Module):
 
 
 class _SlotLayer(CacheLayerMixin):
-    """All columns of a layer, of which one of each slot is written."""
+    """The columns of a layer, of which one of each slot is written."""
 
     is_compileable = True
     is_sliding = False
@@ -57,7 +68,7 @@ class _SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [n, H, 1, D] into each slot's column; return all columns."""
+        """Write keys and values [n, H, 1, D] into each slot's column; return all that is read."""
         rows = torch.arange(len(self.column), device=self.column.device)
         for store, states in zip(self.pair, (key_states, value_states), strict=True):
             store.put(rows, self.column, states[:, :, 0])

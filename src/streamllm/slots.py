@@ -4,7 +4,7 @@ A stream is a ``SinkCache`` of one row. In a slot its keys and values are views 
 works on a stream works there too: usual forwards, evictions, pins, snapshots. The step is handed the columns of all
 slots up to the longest stream's and hides those that are not in use; so it can be compiled once for so many slots, and
 streams come, go and evict as they like. What a slot's own step would overwrite next takes what it writes while idle.
-Shapes: ``n`` slots, ``C`` columns of each; ``V`` vocabulary.
+Shapes: ``n`` slots, ``C`` columns of each, and ``SPARE`` more; ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STRIDE = 64
 
 
 def why_not(cache: SinkCache) -> str | None:
-    """Why streams such as ``cache`` cannot be read by steps of fixed shapes; ``None``: they can."""
+    """Why streams such as ``cache`` cannot be read in slots; ``None``: they can."""
     if any(layer.kind != "sink" for layer in cache.spec.layers):
         return "some of its layers keep something else than a window of all tokens"
     if cache.config.reread:
@@ -77,6 +77,8 @@ class Slots:
         self._note = note or (lambda text: warnings.warn(text, StreamLLMWarning, stacklevel=5))
         self._stores: list[Pair] = []  # of each layer, [count, H, C + SPARE, D]
         self._views: dict[tuple[int, int], list[list[Tensor]]] = {}
+        # Steps read as many columns as they need, but a graph that was recorded reads as many as it did then.
+        self._varies = model.device.type == "cpu" or not compiles
         self._compiled: dict[int, Callable[..., Tensor] | None] = {}
         self._plain: SlotStep | None = None  # the step as it is; it holds the model, so it may not stand in _steps
         self._weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
@@ -95,7 +97,7 @@ class Slots:
         """Move a stream in, which has read something.
 
         Raises:
-            UnsupportedModelError: steps of fixed shapes cannot read it.
+            UnsupportedModelError: it cannot be read in slots.
             CacheError: it has read nothing, has several rows, is too long for a slot, is in one already, keeps another
                 dtype than the streams before it, or all slots are taken.
         """
@@ -235,11 +237,6 @@ class Slots:
         """The column that the next token of a slot goes to."""
         return 0 if cache is None else min(_sink_layers(cache)[0].ledger.end, self.columns)
 
-    @property
-    def _varies(self) -> bool:
-        """Whether steps read as many columns as they need; one that a graph was recorded of reads all."""
-        return self._model.device.type == "cpu" or not self.compiles
-
     def _width(self, needed: int) -> int:
         """Columns that a step reads which needs so many."""
         most = self.columns + 1
@@ -248,6 +245,8 @@ class Slots:
     def _tensors(self, count: int, width: int) -> list[list[Tensor]]:
         """So many columns of the first ``count`` slots' stores, layer by layer: of keys, then of values."""
         if (count, width) not in self._views:
+            if len(self._views) >= VIEWS:
+                self._views.clear()
             rows = slice(0, count)
             cut = [[store.cut(rows, 0, width) for store in pair] for pair in self._stores]
             views = [[part for store in pair for part in store.parts().values()] for pair in cut]
@@ -311,30 +310,33 @@ class Slots:
         return (plan, tensors), {"plan": None, "stores": [[{2: columns} for _ in parts] for parts in tensors]}
 
     def _agrees(self, step: Callable[..., Tensor], count: int) -> bool:
-        """Whether a compiled step still computes what the model does: hooks or adapters may have come or gone.
+        """Whether a compiled step still computes what the model does: hooks or adapters may have come or gone."""
+        return all(self._agrees_at(step, count, width) for width in {self._width(1), self.columns + 1})
 
-        Each slot reads an id of its own at a place of its own, and sees some columns and not others. What lies in them
-        meanwhile is noise, as large as what the model itself wrote there, so that every query and mask counts.
+    def _agrees_at(self, step: Callable[..., Tensor], count: int, width: int) -> bool:
+        """The same when so many columns are read.
+
+        Each slot reads an id of its own at a place of its own, and sees some columns and not others. What lies in the
+        last ones meanwhile is noise, as large as what the model itself wrote there, so that every query and mask
+        counts.
         """
         assert self._plain is not None
-        least, most = min(8, self.columns), self.columns + 1
-        places = [(slot, min(1 + slot % 2, least - 1)) for slot in range(count)]
+        tensors, least = self._tensors(count, width), min(8, self.columns)
+        begin, last = width - least, width - 1
+        places = [(slot, begin + min(1 + slot % 2, least - 1)) for slot in range(count)]
         plan = torch.tensor(
-            [[slot + 3, first, max(first, least - 1 - slot % 2), least // 2 + slot] for slot, first in places],
+            [[slot + 3, first, max(first, last - slot % 2), least // 2 + slot] for slot, first in places],
             device=self._model.device,
         )
-        used = [store.cut(slice(0, count), 0, least) for pair in self._stores for store in pair]
+        used = [store.cut(slice(0, count), begin, width) for pair in self._stores for store in pair]
         before = [store.clone() for store in used]
         draw = torch.Generator().manual_seed(0)
         try:
-            self._plain(plan, self._tensors(count, most))
+            self._plain(plan, tensors)
             for store in used:
-                own = store.read()[torch.arange(count), :, plan[:, 2]][:, :, None]
+                own = store.read()[torch.arange(count), :, plan[:, 2] - begin][:, :, None]
                 store.write(own * torch.randn(store.data.shape, generator=draw).to(own))
-            pairs = [
-                [run(plan, self._tensors(count, width)).float() for run in (self._plain, step)]
-                for width in {self._width(least), most}
-            ]
+            want, found = (run(plan, tensors).float() for run in (self._plain, step))
         finally:
             for store, old in zip(used, before, strict=True):
                 store.fill(old)
@@ -342,8 +344,7 @@ class Slots:
         # And positions are turned into angles in float32, whatever the dtype.
         coarse = torch.float32 if kind_of(self._model) == "none" else torch.bfloat16
         dtype = max(self._model.dtype, coarse, key=lambda dtype: torch.finfo(dtype).eps)
-        most_off = torch.finfo(dtype).eps ** 0.5
-        return all(bool((found - want).norm() <= want.norm() * most_off) for want, found in pairs)
+        return bool((found - want).norm() <= want.norm() * torch.finfo(dtype).eps ** 0.5)
 
 
 SPARE = 2
@@ -355,6 +356,9 @@ NOT_COMPILED = "Decoding is not compiled, which is slower: {}"
 
 KNOWN = 16
 """Compiled steps that are kept for each model; others are loaded again from disk."""
+
+VIEWS = 16
+"""Views of the slots that are kept, by how many slots and columns: each has tensors for all layers."""
 
 _ALL = slice(None)
 

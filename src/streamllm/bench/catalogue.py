@@ -21,7 +21,7 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
-    "compiled": Entry("SinkCache, compiled step of fixed shapes", "ours:Compiled", batches=True),
+    "compiled": Entry("SinkCache, compiled step", "ours:Compiled", batches=True),
     "eager": Entry("SinkCache in a plain model(...) loop", "ours:Eager", batches=True),
     "int8": Entry("SinkCache, compiled step, weights in int8", "ours:Int8", batches=True),
     "dense": Entry("plain transformers, kept at the same context", "rivals:Dense", batches=True),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamllm.bench.plan import BANDWIDTH_BYTES, Plan
 from streamllm.bench.shape import DTYPES, find_shape
+from streamllm.config import WAITING
 from streamllm.console import Answer, Screen, Signals
 from streamllm.errors import ConfigError, StateError
 from streamllm.evaluate.job import base_name, json_able, target_of
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 
     from streamllm.bench.subject import Subject
     from streamllm.bench.verdict import Figures
-
-
-WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""How threads wait for work, which torch and llama.cpp both go by; the command itself sets them."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Stepper:
         compiles: whether to compile; a plain step of the same shapes otherwise.
 
     Raises:
-        Misfit: this model cannot decode by steps of fixed shapes.
+        Misfit: this model cannot decode in slots.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Stepper:
         self.model, self.rows = model, rows
         self.caches = [make(1) for _ in range(rows)]
         if reason := why_not(self.caches[0]):
-            raise Misfit(f"a model of this type cannot decode by steps of fixed shapes: {reason}")
+            raise Misfit(f"a model of this type cannot decode in slots: {reason}")
         self._slots = Slots(model, rows, self.capacity, compiles=compiles, note=refuse)
 
     def read(self, ids: Tensor) -> Tensor:

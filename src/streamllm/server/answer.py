@@ -15,6 +15,7 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from streamllm.config import STALLED
 from streamllm.server.run import Choice, Reader, Run
 from streamllm.server.service import Service
 
@@ -23,9 +24,6 @@ PATIENCE = 5.0
 
 KEEP_ALIVE = 10.0
 """Seconds between two comments that keep a connection open while nothing else comes."""
-
-STALLED = 600.0
-"""Seconds that a client may take for what is sent at once; then it is as good as gone, and its reply let go."""
 
 
 async def answer(

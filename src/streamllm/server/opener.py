@@ -91,6 +91,23 @@ class Opener:
         chat.notes.clear()  # that there is no state to go on from is no news
         return self._settle(chat, is_named=is_named)
 
+    def check_system(self, system: str | None) -> None:
+        """See whether a chat can have these instructions.
+
+        Raises:
+            ConfigError: they do not fit.
+            InputError: they cannot be read.
+        """
+        head, room = (
+            len(self.templates(self.engine.tokenizer, system, **self.template_options).head),
+            self.engine.longest_head,
+        )
+        if head > room:
+            raise ConfigError(
+                f"The instructions take {head} tokens, this server has room for {room}: shorten them, or let the "
+                "operator allow more."
+            )
+
     def redraw(self, chat: Chat) -> None:
         """Let a chat that was forked draw otherwise than the one that it was forked from."""
         chat.sampling = chat.sampling.replace(seed=secrets.randbits(63))
@@ -110,6 +127,7 @@ class Opener:
     def _chat(self, session: Session, recall: Recall | None, **options: Any) -> Chat:
         engine = self.engine
         try:
+            self.check_system(options.get("system") or session.transcript.get("system", None))
             chat = Chat(
                 engine.model,
                 engine.tokenizer,
@@ -124,13 +142,6 @@ class Opener:
         except BaseException:
             session.close()
             raise
-        if chat.cache.capacity > engine.columns:
-            head, room = len(chat.template.head), engine.columns - chat.cache.capacity + len(chat.template.head)
-            chat.close()
-            raise ConfigError(
-                f"The instructions take {head} tokens, this server has room for {room}: shorten them, or let the "
-                "operator allow more."
-            )
         return chat
 
     def _fit(self, session: Session) -> None:

@@ -46,7 +46,7 @@ class Registry:
         """Make a session; one that is made so is never deleted to make room.
 
         Raises:
-            ConfigError: no session can be called so, one is, or an option cannot be used.
+            ConfigError: no session can be called so, or an option cannot be used; or one is: ``TakenError``.
             InputError: the title or the instructions are no text.
             BusyError: there is no room for one more.
             StateError: it cannot be written.
@@ -159,7 +159,7 @@ class Registry:
         """A new session that has the turns of another one, or the first so many of them.
 
         Raises:
-            ConfigError: the new one cannot be called so, or there are not so many turns.
+            ConfigError: the new one cannot be called so, or there are not so many turns; or one is: ``TakenError``.
             UnknownSessionError, BusyError, StateError: as ``open``.
         """
         shelf = self._rooms.shelf(owner)
@@ -191,6 +191,7 @@ class Registry:
 
         Raises:
             ConfigError: no session can be called so, or its instructions do not fit; or one is: ``TakenError``.
+            InputError: its instructions cannot be read.
             BusyError: there is no room for one more.
             StateError: the file is damaged, none of ours or unpacks to too much, or it cannot be written.
         """
@@ -205,6 +206,6 @@ class Registry:
                 shelf.index.touch(name, turns=transcript.count())
                 if (last := next(iter(transcript.turns()), None)) is not None:
                     entitle(transcript, last.user)
-            self._rooms.seat(shelf, berth)  # or one that cannot be gone on with would stay
-        self._rooms.let_go(shelf, berth)
+                self._rooms.opener.check_system(transcript.get("system", None))  # or it could not be gone on with
+        self._rooms.pool.release(berth)
         return self.view(owner, name)

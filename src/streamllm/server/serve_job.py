@@ -8,6 +8,7 @@ flight, since all that is said goes to disk as it comes.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from streamllm.checkpoint import EMBEDDED, shown
-from streamllm.config import CacheConfig, SamplingConfig, ServeConfig
+from streamllm.config import STALLED, CacheConfig, SamplingConfig, ServeConfig
 from streamllm.console import Screen, quit_now
 from streamllm.errors import ConfigError
 
@@ -45,6 +46,9 @@ CLOSE_SECONDS = 2.0
 
 TICK = 0.05
 """Seconds between two looks whether replies have ended."""
+
+ARENA_MAX = -8
+"""M_ARENA_MAX of glibc's mallopt()."""
 
 FILES = 65_536
 """Files that may be open, if the system allows so many: a conversation in memory has several, a connection one."""
@@ -108,6 +112,7 @@ class ServeJob:
         context = self._tls()
         place = listen(self.serve.host, self.serve.port)
         allow_files()
+        allocate_together()
         with Screen(quiet=self.quiet, verbose=True) as screen, place:
             # 2. the socket answers, while the model is loaded
             app = self._app(keys, place)
@@ -220,15 +225,13 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: it cannot be had.
     """
-    from streamllm.server import answer
-
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         place = socket.socket(family, socket.SOCK_STREAM)
         if os.name != "nt":
             place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # each connection inherits it
-            place.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * answer.STALLED))
+            place.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * STALLED))
         try:
             place.bind(address)
             place.listen(2048)
@@ -348,6 +351,16 @@ def allow_files() -> None:
         wanted = FILES if most == resource.RLIM_INFINITY else min(most, FILES)
         if now != resource.RLIM_INFINITY and now < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+def allocate_together() -> None:
+    """Let all threads take memory from one place, where the C library is GNU's.
+
+    By itself it gives threads places of their own, each of which stays as large as it once was: eight conversations of
+    20 minutes, whose replies come from thousands of threads, had made a server of 0.6 GB one of 1.1 GB.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # another library
+        ctypes.CDLL(None).mallopt(ARENA_MAX, 1)
 
 
 async def _until(is_so: Callable[[], bool], seconds: float) -> bool:
