@@ -696,7 +696,7 @@ def test_steps_read_as_many_columns_as_the_longest_stream_has(
 
 
 DEPENDS_ON_DATA = ("llama-dynamic", "mixtral", "qwen3-moe", "deepseek-v2", "deepseek-v3", "deepseek-v3-half")
-"""Families whose code asks its tensors what to do, so that no step of theirs is exported, be its shapes fixed or not."""
+"""Families whose code asks its tensors what to do, so that no step of theirs is exported, at one width or at all."""
 
 
 @pytest.mark.parametrize("family", ALL.values(), ids=str)
