@@ -733,6 +733,7 @@ def test_a_compiled_step_follows_the_weights_and_outlives_an_error(
     built: PreTrainedModel, modules: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reference: the usual forward. Weights change in place, then move to other memory; an id is out of range."""
+    monkeypatch.setattr(slots, "STRIDE", 8)
     together(built, [10], 1, Slots(built, 3, CAPACITY, compiles=True, note=pytest.fail))
     monkeypatch.setattr(compiled, "_compile", refuse)
     model = copy.deepcopy(built)
@@ -758,6 +759,7 @@ def test_a_compiled_module_that_is_damaged_is_compiled_anew(
     built: PreTrainedModel, modules: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reference: the logits of the whole one."""
+    monkeypatch.setattr(slots, "STRIDE", 8)
     want, _ = together(built, [10], 5, Slots(built, 3, CAPACITY, compiles=True, note=pytest.fail))
     whole = {path: path.read_bytes() for path in modules.iterdir()}
     for damage in (lambda data: b"", lambda data: data[: len(data) // 2]):
