@@ -341,6 +341,23 @@ def test_what_is_exported_can_be_imported(enter: Enter, tmp_path: Path) -> None:
     assert visitor.said() == ["A little hen", "went on"]
 
 
+@contextmanager
+def delayed(page: Page, path: str) -> Iterator[None]:
+    """Hold requests of a path back until a moment after what is done meanwhile."""
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route(path, hold)
+    yield
+    page.wait_for_timeout(200)
+    for route in held:
+        route.continue_()
+    page.unroute(path)
+    assert held
+
+
 def test_what_is_said_while_turns_are_on_their_way_comes_behind_them(enter: Enter) -> None:
     """The answer with the turns of another session is held back while a message is sent in it."""
     visitor = enter()
@@ -348,24 +365,62 @@ def test_what_is_said_while_turns_are_on_their_way_comes_behind_them(enter: Ente
     first = visitor.session
     visitor.page.get_by_role("button", name="New session").first.click()
     visitor.say("A little fox")
-    held: list[Route] = []
-
-    def hold(route: Route) -> None:
-        held.append(route)
-
-    visitor.page.route("**/turns?**", hold)
-    visitor.page.evaluate(f"void openSession({json.dumps(first)})")
-    visitor.until(f"session && session.id === {json.dumps(first)}")
-    visitor.page.fill("#say", "went on")
-    visitor.page.press("#say", "Enter")
-    visitor.page.wait_for_timeout(200)
-    for route in held:
-        route.continue_()
-    visitor.page.unroute("**/turns?**")
+    with delayed(visitor.page, "**/turns?**"):
+        visitor.page.evaluate(f"void openSession({json.dumps(first)})")
+        visitor.until(f"session && session.id === {json.dumps(first)}")
+        visitor.page.fill("#say", "went on")
+        visitor.page.press("#say", "Enter")
     visitor.until("log.total === 2")
     visitor.wait()
     assert visitor.said() == ["A little hen", "went on"]
     assert visitor.transcript() == list(zip(visitor.said(), visitor.replies(), strict=True))
+
+
+def test_of_two_sessions_opened_at_once_the_later_one_is_shown(enter: Enter) -> None:
+    """The answer about the one that was opened first comes last."""
+    visitor = enter()
+    visitor.say("A little hen")
+    first = visitor.session
+    visitor.page.get_by_role("button", name="New session").first.click()
+    visitor.say("A little fox")
+    second = visitor.session
+    visitor.page.get_by_role("button", name="New session").first.click()
+    with delayed(visitor.page, f"**/v1/sessions/{first}"):
+        visitor.page.evaluate(f"void openSession({json.dumps(first)})")
+        visitor.page.evaluate(f"openSession({json.dumps(second)})")
+    visitor.page.wait_for_timeout(200)
+    assert visitor.session == second
+    assert visitor.said() == ["A little fox"]
+
+
+def test_what_is_said_before_the_page_has_found_its_session_is_said_there(enter: Enter) -> None:
+    visitor = enter()
+    visitor.say("A little hen")
+    first = visitor.session
+    with delayed(visitor.page, "**/v1/sessions?**"):
+        visitor.page.reload()
+        visitor.until("models.length > 0")
+        visitor.page.fill("#say", "went on")
+        visitor.page.press("#say", "Enter")
+        visitor.until("log.total === 2")
+    visitor.wait()
+    assert visitor.session == first
+    assert visitor.said() == ["A little hen", "went on"]
+
+
+def test_trouble_that_comes_before_the_list_of_sessions_stays(enter: Enter) -> None:
+    visitor = enter()
+    alert = visitor.page.get_by_role("alert")
+    with delayed(visitor.page, "**/v1/sessions?**"):
+        visitor.page.reload()
+        visitor.until("models.length > 0")
+        visitor.page.route("**/v1/chat/completions", lambda route: route.abort())
+        visitor.page.fill("#say", "A little owl")
+        visitor.page.press("#say", "Enter")
+        expect(alert).to_contain_text("The server does not answer.")
+    visitor.page.wait_for_timeout(200)
+    expect(alert).to_contain_text("The server does not answer.")
+    visitor.complaints.clear()
 
 
 def test_settings_reach_the_server(enter: Enter) -> None:
