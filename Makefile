@@ -13,16 +13,20 @@ BOOKS_HELD_OUT := $(DATA)/books/heldout.jsonl.xz
 RUNS ?= runs
 # Processes that share the tests, each with one thread and up to 2 GiB.
 WORKERS ?= 2
+TESTS = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m "not slow"
 EMBEDDED := --size small --layers 7 --heads 2 --kv-heads 1 --vocabulary 8192 --batch-tokens 8192 --tokens 24000000 \
 	--measures 12 --save-dtype bfloat16
 
-.PHONY: demo test check slow browser bench bench-peers docs page candidates embedded twins million evaluations results clean
+.PHONY: demo test check coverage slow browser bench bench-peers docs page candidates embedded twins million evaluations results clean
 
 demo: $(READY)  ## set up, and let the embedded model tell stories beyond its trained length
 	$(BIN)/streamllm run --endless --max-tokens 1500 --seed 7 --stats "Once upon a time"
 
 test: check browser  ## everything that CI runs
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --cov --cov-report=term -m "not slow"
+	$(TESTS)
+
+coverage: $(READY) browser  ## the same tests, and how much of the code they reach; takes half as long again
+	$(TESTS) --cov --cov-report=term
 
 check: $(READY)
 	$(BIN)/ruff check .

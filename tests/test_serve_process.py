@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -225,19 +224,6 @@ def test_what_cannot_begin_says_why_in_one_sentence(tmp_path: Path, monkeypatch:
     assert (code, "pip install 'streamllm[serve]'" in text) == (2, True)
 
 
-def test_what_requests_leave_behind_is_collected_soon() -> None:
-    """Reference: a cycle, and not many objects later; the command line itself looks for cycles seldom."""
-    code = (
-        "import gc, weakref; from streamllm.__main__ import COLLECT; gc.set_threshold(*COLLECT); "
-        "from streamllm.server.serve_job import collect_often; collect_often()\n"
-        "class Request: pass\n"
-        "made = Request(); made.itself = made; known = weakref.ref(made); del made\n"
-        "more = [[] for _ in range(20_000)]; print(known() is None, gc.get_freeze_count() > 10_000)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "True"]
-
-
 def test_many_files_may_be_open() -> None:
     """Reference: the system's own figures, in a process that may open few."""
     resource = pytest.importorskip("resource")
@@ -250,25 +236,6 @@ def test_many_files_may_be_open() -> None:
     now, most = map(int, done.stdout.split())
     assert most == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     assert now == (FILES if most == resource.RLIM_INFINITY else min(FILES, most)) > 64
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="that is how GNU's C library allocates")
-@pytest.mark.parametrize("call", ["", "allocate_together(); "])
-def test_threads_take_memory_from_one_place(call: str) -> None:
-    """Reference: the C library's own account of its places, which are several without the call."""
-    code = (
-        "import ctypes, threading; from streamllm.server.serve_job import allocate_together; "
-        f"libc = ctypes.CDLL(None); {call}held = threading.Barrier(9)\n"
-        "libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]\n"
-        "def take(): libc.malloc(100_000); held.wait(); held.wait()\n"
-        "for _ in range(8): threading.Thread(target=take).start()\n"
-        "held.wait()\n"
-        "libc.fdopen.restype = ctypes.c_void_p\n"
-        "libc.malloc_info(0, ctypes.c_void_p(libc.fdopen(1, b'w'))); libc.fflush(None); held.wait()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    places = done.stdout.count("<heap nr=")
-    assert places == 1 if call else places > 1
 
 
 def test_keys_can_stand_in_one_text() -> None:

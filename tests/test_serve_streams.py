@@ -421,7 +421,10 @@ def test_where_no_thread_can_be_had_nothing_is_left_behind(
 
 def test_a_sweep_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app_module, "SWEEP_SECONDS", 0.01)
+    monkeypatch.setattr(app_module, "GIVE_BACK_SECONDS", 0.01)
     calls: list[int] = []
+    given: list[int] = []
+    monkeypatch.setattr(app_module, "give_back", lambda: given.append(1))
 
     def fail() -> None:
         calls.append(1)
@@ -430,4 +433,4 @@ def test_a_sweep_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.M
     with application(tmp_path) as made:
         monkeypatch.setattr(made.service, "sweep", fail)
         with TestClient(made.app):
-            assert until(lambda: len(calls) > 2)
+            assert until(lambda: len(calls) > 2 and len(given) > 2)

@@ -942,6 +942,21 @@ def test_code_that_others_could_have_written_is_not_loaded(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_exported_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch that depends on numbers; it is no matter of the compiler."""
+
+    class Fickle(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum().item() > 0 else x
+
+    monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))
+    with pytest.raises(
+        UnsupportedModelError, match=r"^its step cannot be exported \(GuardOnDataDependentSymNode: .*\)$"
+    ):
+        compiled.compile_module(Fickle(2, 2), (torch.zeros(1, 2),))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_folder_of_compiled_modules_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: by hand; the one unused for longest makes room, and a failure leaves nothing behind."""
     monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))

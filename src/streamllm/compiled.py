@@ -52,8 +52,9 @@ def compile_module(
 
     Raises:
         ConfigError: others can write to the folder of compiled code.
-        UnsupportedModelError: the code would hold numbers that are no weights; the file has room for code alone.
-        Exception: many kinds: no C++ compiler, no headers, an operation that cannot be exported.
+        UnsupportedModelError: it cannot be exported, or the code would hold numbers that are no weights; the file has
+            room for code alone.
+        Exception: many kinds: no C++ compiler, no headers.
     """
     if next(module.parameters()).device.type != "cpu":
         compiled = torch.compile(module, dynamic=False, fullgraph=True, mode="reduce-overhead")
@@ -111,7 +112,11 @@ def _compile(module: nn.Module, args: tuple[Any, ...], sizes: Any, path: Path) -
         )
     with torch.no_grad(), _grouped_attention(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the inside of the compiler
-        exported = torch.export.export(module, args, dynamic_shapes=sizes, strict=False)
+        try:
+            exported = torch.export.export(module, args, dynamic_shapes=sizes, strict=False)
+        except Exception as error:  # of many kinds
+            why = str(error).strip().partition("\n")[0][:100]
+            raise UnsupportedModelError(f"its step cannot be exported ({type(error).__name__}: {why})") from error
         strange = set(exported.constants) - {name for name, _ in module.named_buffers(remove_duplicate=False)}
         if strange:
             raise UnsupportedModelError(f"the step has {min(strange)}, which is no weight of the model")

@@ -9,7 +9,7 @@ import hashlib
 import importlib.resources
 import logging
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -32,6 +32,7 @@ from streamllm.server.door import Door, Gate
 from streamllm.server.journal import Journal
 from streamllm.server.keys import Keys
 from streamllm.server.manual import manual
+from streamllm.server.memory import give_back
 from streamllm.server.metrics import Metrics
 from streamllm.server.refusal import Refusal, refusal_of
 from streamllm.server.service import Service
@@ -40,6 +41,9 @@ ROUTES = (chat_route, text_route, responses_route, models_route, sessions_route,
 
 SWEEP_SECONDS = 5.0
 """Between two looks for replies that nobody has come back for."""
+
+GIVE_BACK_SECONDS = 60.0
+"""After which memory that is not needed any more is given back; all wait while that is done, some milliseconds."""
 
 EXPOSED = ("X-Request-Id", "X-Session-Id", "Retry-After")
 """Headers that a page of another origin may read."""
@@ -111,18 +115,27 @@ def serve(app: FastAPI, service: Service) -> None:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async def sweep() -> None:
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            if app.state.service is not None:
-                try:
-                    await asyncio.to_thread(app.state.service.sweep)
-                except Exception:
-                    _log.exception("sweeping failed; it is tried again")
+    def sweep() -> None:
+        if app.state.service is not None:
+            app.state.service.sweep()
 
-    task = asyncio.create_task(sweep())
+    tasks = [
+        asyncio.create_task(_now_and_then(SWEEP_SECONDS, sweep)),
+        asyncio.create_task(_now_and_then(GIVE_BACK_SECONDS, give_back)),
+    ]
     yield
-    task.cancel()
+    for task in tasks:
+        task.cancel()
+
+
+async def _now_and_then(seconds: float, work: Callable[[], None]) -> None:
+    """Do something for ever, in a thread."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await asyncio.to_thread(work)
+        except Exception:
+            _log.exception("what is done now and then has failed; it is tried again")
 
 
 class _Last:

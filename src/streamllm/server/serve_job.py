@@ -8,8 +8,6 @@ flight, since all that is said goes to disk as it comes.
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
 import logging
 import os
 import signal
@@ -29,6 +27,7 @@ from streamllm.checkpoint import EMBEDDED, shown
 from streamllm.config import STALLED, CacheConfig, SamplingConfig, ServeConfig
 from streamllm.console import Screen, quit_now
 from streamllm.errors import ConfigError
+from streamllm.server.memory import allocate_together, collect_often
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -47,15 +46,8 @@ CLOSE_SECONDS = 2.0
 TICK = 0.05
 """Seconds between two looks whether replies have ended."""
 
-ARENA_MAX = -8
-"""M_ARENA_MAX of glibc's mallopt()."""
-
 FILES = 65_536
 """Files that may be open, if the system allows so many: a conversation in memory has several, a connection one."""
-
-COLLECT = (5_000, 10, 10)
-"""How many new objects make Python look for garbage, once the model is loaded. Each request leaves cycles behind, with
-all its messages in them; before, what is made are libraries, and looking through these takes long (``__main__``)."""
 
 MISSING = "streamllm serve needs {}, which is not installed: pip install 'streamllm[serve]'."
 
@@ -335,13 +327,6 @@ class _Process:
         self._server.should_exit = True
 
 
-def collect_often() -> None:
-    """Let Python look for garbage among what comes from now on, and there often."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*COLLECT)
-
-
 def allow_files() -> None:
     """Let the process open ``FILES``, or as many as it may."""
     with suppress(ImportError, OSError, ValueError):  # Windows; a system that forbids it
@@ -351,16 +336,6 @@ def allow_files() -> None:
         wanted = FILES if most == resource.RLIM_INFINITY else min(most, FILES)
         if now != resource.RLIM_INFINITY and now < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-
-
-def allocate_together() -> None:
-    """Let all threads take memory from one place, where the C library is GNU's.
-
-    By itself it gives threads places of their own, each of which stays as large as it once was: eight conversations of
-    20 minutes, whose replies come from thousands of threads, had made a server of 0.6 GB one of 1.1 GB.
-    """
-    with suppress(OSError, AttributeError, TypeError):  # another library
-        ctypes.CDLL(None).mallopt(ARENA_MAX, 1)
 
 
 async def _until(is_so: Callable[[], bool], seconds: float) -> bool:
