@@ -30,7 +30,7 @@ FORMAT = 1
 DIGEST_BYTES = 16
 
 LOOKED_UP = 500
-"""Digests that are looked up by one query; SQLite takes 999 values everywhere."""
+"""Digests that are looked up by one query at most; SQLite takes 999 values everywhere."""
 
 CANDIDATES = 8
 """Places with one beginning that are looked at: more than that are copies of one another."""
@@ -213,13 +213,15 @@ class Recognition:
 
         Sessions that were there last come first, and then those that were used last.
         """
-        for stop in range(len(chain), 0, -LOOKED_UP):
-            part = chain[max(0, stop - LOOKED_UP) : stop]
+        stop, most = len(chain), 1  # nearly always the last one is known
+        while stop:
+            part = chain[max(0, stop - most) : stop]
             marks = ", ".join("?" * len(part))
             found = {bytes(row[0]) for row in self._rows(f"SELECT digest FROM places WHERE digest IN ({marks})", *part)}
             for length in range(stop, stop - len(part), -1):
                 if chain[length - 1] in found:
                     yield length, self._places(chain[length - 1])
+            stop, most = stop - len(part), min(8 * most, LOOKED_UP)
 
     def _places(self, digest: bytes) -> list[Place]:
         rows = self._rows(

@@ -69,7 +69,7 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or cls.unserved.keys().isdisjoint(data):
             return data
         kept = {}
         for name, value in data.items():
