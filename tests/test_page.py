@@ -343,54 +343,89 @@ def test_what_is_exported_can_be_imported(enter: Enter, tmp_path: Path) -> None:
 
 @contextmanager
 def delayed(page: Page, path: str) -> Iterator[None]:
-    """Hold requests of a path back until a moment after what is done meanwhile."""
+    """Hold requests of a path back while something is done; behind the block their answers have come."""
     held: list[Route] = []
+    is_over = False
 
     def hold(route: Route) -> None:
-        held.append(route)
+        if is_over:
+            route.continue_()
+        else:
+            held.append(route)
 
     page.route(path, hold)
-    yield
-    page.wait_for_timeout(200)
+    try:
+        yield
+        page.wait_for_timeout(200)  # what would not wait for them has time to go wrong
+        assert held
+    finally:
+        is_over = True
+        for route in held:
+            route.continue_()
+        page.unroute(path)
     for route in held:
-        route.continue_()
-    page.unroute(path)
-    assert held
+        route.request.response()
+    page.wait_for_timeout(100)  # and the page has read them
 
 
-def test_what_is_said_while_turns_are_on_their_way_comes_behind_them(enter: Enter) -> None:
-    """The answer with the turns of another session is held back while a message is sent in it."""
-    visitor = enter()
-    visitor.say("A little hen")
-    first = visitor.session
-    visitor.page.get_by_role("button", name="New session").first.click()
-    visitor.say("A little fox")
+def say_soon(visitor: Visitor, text: str) -> None:
+    """Send a message, and do not wait for anything."""
+    visitor.page.fill("#say", text)
+    visitor.page.press("#say", "Enter")
+
+
+@pytest.fixture
+def two(enter: Enter) -> tuple[Visitor, str, str]:
+    """A visitor of a new conversation, and two others, "A little hen" and "A little fox"."""
+    visitor, ids = enter(), []
+    for text in ("A little hen", "A little fox"):
+        visitor.say(text)
+        ids.append(visitor.session)
+        visitor.page.get_by_role("button", name="New session").first.click()
+    return visitor, *ids
+
+
+def test_what_is_said_while_turns_are_on_their_way_comes_behind_them(two: tuple[Visitor, str, str]) -> None:
+    """The answer with the turns of another session is held back while a message is sent in it, and more is typed."""
+    visitor, first, _ = two
     with delayed(visitor.page, "**/turns?**"):
         visitor.page.evaluate(f"void openSession({json.dumps(first)})")
-        visitor.until(f"session && session.id === {json.dumps(first)}")
-        visitor.page.fill("#say", "went on")
-        visitor.page.press("#say", "Enter")
+        say_soon(visitor, "went on")
+        visitor.page.locator("#say").press_sequentially("and on")
     visitor.until("log.total === 2")
     visitor.wait()
     assert visitor.said() == ["A little hen", "went on"]
     assert visitor.transcript() == list(zip(visitor.said(), visitor.replies(), strict=True))
+    assert visitor.page.input_value("#say") == "and on"
 
 
-def test_of_two_sessions_opened_at_once_the_later_one_is_shown(enter: Enter) -> None:
+@pytest.mark.parametrize("path", ["", "/turns?*"])
+def test_of_two_sessions_opened_at_once_the_later_one_is_shown(two: tuple[Visitor, str, str], path: str) -> None:
     """The answer about the one that was opened first comes last."""
-    visitor = enter()
-    visitor.say("A little hen")
-    first = visitor.session
-    visitor.page.get_by_role("button", name="New session").first.click()
-    visitor.say("A little fox")
-    second = visitor.session
-    visitor.page.get_by_role("button", name="New session").first.click()
-    with delayed(visitor.page, f"**/v1/sessions/{first}"):
+    visitor, first, second = two
+    with delayed(visitor.page, f"**/v1/sessions/{first}{path}"):
         visitor.page.evaluate(f"void openSession({json.dumps(first)})")
+        visitor.page.wait_for_timeout(100)
         visitor.page.evaluate(f"openSession({json.dumps(second)})")
-    visitor.page.wait_for_timeout(200)
     assert visitor.session == second
     assert visitor.said() == ["A little fox"]
+    assert visitor.page.url.endswith(second)
+
+
+@pytest.mark.parametrize("other", ["a session", "a new one"])
+def test_a_message_never_goes_to_another_session_than_it_was_said_in(two: tuple[Visitor, str, str], other: str) -> None:
+    """While it waits for its session another one is opened, or begun: it is in the box again."""
+    visitor, first, second = two
+    with delayed(visitor.page, f"**/v1/sessions/{first}"):
+        visitor.page.evaluate(f"void openSession({json.dumps(first)})")
+        say_soon(visitor, "went on")
+        if other == "a session":
+            visitor.page.evaluate(f"openSession({json.dumps(second)})")
+        else:
+            visitor.page.keyboard.press("Alt+n")
+    assert visitor.page.input_value("#say") == "went on"
+    assert visitor.page.evaluate("run") is None
+    assert visitor.said() == (["A little fox"] if other == "a session" else [])
 
 
 def test_what_is_said_before_the_page_has_found_its_session_is_said_there(enter: Enter) -> None:
@@ -400,12 +435,42 @@ def test_what_is_said_before_the_page_has_found_its_session_is_said_there(enter:
     with delayed(visitor.page, "**/v1/sessions?**"):
         visitor.page.reload()
         visitor.until("models.length > 0")
-        visitor.page.fill("#say", "went on")
-        visitor.page.press("#say", "Enter")
+        say_soon(visitor, "went on")
         visitor.until("log.total === 2")
     visitor.wait()
     assert visitor.session == first
     assert visitor.said() == ["A little hen", "went on"]
+
+
+def test_a_message_before_a_session_that_does_not_come_is_kept_and_sent_when_it_does(enter: Enter) -> None:
+    """As while a model is being loaded; the page goes on by itself to look for its sessions."""
+    visitor = enter()
+    visitor.say("A little hen")
+    first, path = visitor.session, re.compile(r"/v1/(sessions|models)")
+    visitor.page.route(path, refuse(503))
+    visitor.page.reload()
+    alert = visitor.page.get_by_role("alert")
+    expect(alert).to_contain_text("The server is not ready")
+    say_soon(visitor, "went on")
+    expect(visitor.page.locator("#say")).to_have_value("went on")
+    visitor.page.unroute(path)
+    visitor.until("sessions.length > 0 && session")
+    expect(alert).to_have_count(0)
+    visitor.page.route(path, refuse(503))
+    visitor.page.evaluate("begin()")
+    visitor.page.goto(f"{visitor.url}#/{first}")
+    visitor.page.reload()
+    expect(alert).to_contain_text("The server is not ready")
+    say_soon(visitor, "went on")
+    visitor.until("retry !== null && retry !== wake")
+    visitor.page.unroute(path)
+    visitor.page.get_by_role("button", name="Try again").click()
+    visitor.until("log.total === 2")
+    visitor.wait()
+    assert visitor.session == first
+    assert visitor.said() == ["A little hen", "went on"]
+    assert all("503" in text for text in visitor.complaints)
+    visitor.complaints.clear()
 
 
 def test_trouble_that_comes_before_the_list_of_sessions_stays(enter: Enter) -> None:
@@ -415,12 +480,22 @@ def test_trouble_that_comes_before_the_list_of_sessions_stays(enter: Enter) -> N
         visitor.page.reload()
         visitor.until("models.length > 0")
         visitor.page.route("**/v1/chat/completions", lambda route: route.abort())
-        visitor.page.fill("#say", "A little owl")
-        visitor.page.press("#say", "Enter")
+        say_soon(visitor, "A little owl")
         expect(alert).to_contain_text("The server does not answer.")
-    visitor.page.wait_for_timeout(200)
     expect(alert).to_contain_text("The server does not answer.")
+    assert all("Failed to load resource" in text for text in visitor.complaints)
     visitor.complaints.clear()
+
+
+def test_the_link_to_the_message_stays_in_the_conversation(enter: Enter) -> None:
+    visitor = enter()
+    visitor.say("A little hen")
+    first = visitor.session
+    visitor.page.locator("#skip").focus()
+    visitor.page.keyboard.press("Enter")
+    expect(visitor.page.locator("#say")).to_be_focused()
+    assert visitor.session == first
+    assert visitor.page.url.endswith(first)
 
 
 def test_settings_reach_the_server(enter: Enter) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -141,9 +142,24 @@ def test_ten_thousand_turns_are_found_wherever_they_branch_off(index: Recognitio
     chain = list(digests(beginning("local", "m", None), said))
     index.add("long", created=1, used=1, is_named=False)
     index.learn("long", [(turn, turn, digest) for turn, digest in enumerate(chain, 1)])
-    for branch in (10_000, 9_500, 9_499, 501, 500, 499, 1):
+    for branch in (10_000, 9_999, 9_992, 9_991, 9_928, 9_927, 9_428, 9_427, 1):  # where lookups begin and end
         other = list(digests(chain[branch - 1], [("x", "y")] * (10_000 - branch)))
         assert next(index.known(chain[:branch] + other)) == (branch, [Place("long", branch, branch, branch == 10_000)])
+
+
+def test_the_last_turn_is_looked_up_alone_and_first(index: Recognition, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the values of the queries; it is what a client that resends everything nearly always has."""
+    chain = add(index, "work", 3)
+    asked: list[tuple[Any, ...]] = []
+    rows = index._rows
+
+    def noted(query: str, *values: Any) -> list[Any]:
+        asked.append(values)
+        return rows(query, *values)
+
+    monkeypatch.setattr(index, "_rows", noted)
+    assert next(index.known(chain))[0] == 3
+    assert asked[0] == (chain[-1],)
 
 
 def test_turns_that_are_said_anew_replace_those_that_were_taken_back(index: Recognition) -> None:

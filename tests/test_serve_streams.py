@@ -424,12 +424,16 @@ def test_a_sweep_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(app_module, "GIVE_BACK_SECONDS", 0.01)
     calls: list[int] = []
     given: list[int] = []
-    monkeypatch.setattr(app_module, "give_back", lambda: given.append(1))
 
     def fail() -> None:
         calls.append(1)
         raise RuntimeError("a mistake")
 
+    def give_back() -> None:
+        given.append(1)
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(app_module, "give_back", give_back)
     with application(tmp_path) as made:
         monkeypatch.setattr(made.service, "sweep", fail)
         with TestClient(made.app):

@@ -950,9 +950,7 @@ def test_what_cannot_be_exported_is_said_to_be_so(tmp_path: Path, monkeypatch: p
             return super().forward(x) if x.sum().item() > 0 else x
 
     monkeypatch.setenv("STREAMLLM_COMPILED", str(tmp_path))
-    with pytest.raises(
-        UnsupportedModelError, match=r"^its step cannot be exported \(GuardOnDataDependentSymNode: .*\)$"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"^its step cannot be exported \(\w+: .*\)$"):
         compiled.compile_module(Fickle(2, 2), (torch.zeros(1, 2),))
     assert not list(tmp_path.iterdir())
 

@@ -52,9 +52,9 @@ def compile_module(
 
     Raises:
         ConfigError: others can write to the folder of compiled code.
-        UnsupportedModelError: it cannot be exported, or the code would hold numbers that are no weights; the file has
-            room for code alone.
-        Exception: many kinds: no C++ compiler, no headers.
+        UnsupportedModelError: on a processor: it cannot be exported, or the code would hold numbers that are no
+            weights; the file has room for code alone.
+        Exception: many kinds: no C++ compiler, no headers; on an accelerator whatever torch.compile() raises.
     """
     if next(module.parameters()).device.type != "cpu":
         compiled = torch.compile(module, dynamic=False, fullgraph=True, mode="reduce-overhead")
@@ -114,6 +114,8 @@ def _compile(module: nn.Module, args: tuple[Any, ...], sizes: Any, path: Path) -
         warnings.simplefilter("ignore")  # about the inside of the compiler
         try:
             exported = torch.export.export(module, args, dynamic_shapes=sizes, strict=False)
+        except (MemoryError, OSError):
+            raise
         except Exception as error:  # of many kinds
             why = str(error).strip().partition("\n")[0][:100]
             raise UnsupportedModelError(f"its step cannot be exported ({type(error).__name__}: {why})") from error

@@ -290,7 +290,7 @@ class Slots:
                     return found
         except StreamLLMError as error:
             return str(error)
-        except Exception as error:  # no compiler, no headers, no support: many kinds
+        except Exception as error:  # no compiler, no headers: many kinds
             if "InvalidCxxCompiler" in str(error):
                 return "torch finds no C++ compiler; install g++, or name one by CXX"
             is_file = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)

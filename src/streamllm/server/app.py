@@ -135,7 +135,7 @@ async def _now_and_then(seconds: float, work: Callable[[], None]) -> None:
         try:
             await asyncio.to_thread(work)
         except Exception:
-            _log.exception("what is done now and then has failed; it is tried again")
+            _log.exception("%s failed; it is tried again", work.__name__)
 
 
 class _Last:

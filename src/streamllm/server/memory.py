@@ -1,6 +1,7 @@
 """How the process of a server takes memory, looks for garbage, and gives back what it does not need any more.
 
-Nothing here holds memory; without it a server that keeps the same things for days still becomes larger and larger.
+Without it a server that keeps the same things for days still becomes larger and larger. Knows neither models nor
+routes, and holds nothing itself.
 """
 
 from __future__ import annotations
