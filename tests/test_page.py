@@ -880,12 +880,17 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_only(enter: Enter) -> None:
     visitor.complaints.clear()
 
 
-def test_a_session_that_is_gone_is_said_to_be(enter: Enter) -> None:
+@pytest.mark.parametrize("way", ["a new tab", "the address"])
+def test_a_session_that_is_gone_is_said_to_be(enter: Enter, way: str) -> None:
     visitor = enter()
-    visitor.page.goto(f"{visitor.url}#/there-is-none")
-    visitor.page.reload()
-    expect(visitor.page.get_by_role("alert")).to_contain_text("This session is not on the server any more.")
-    expect(visitor.page.locator("#empty")).to_be_visible()
+    if way == "a new tab":
+        page = visitor.open("#/there-is-none")
+    else:
+        page = visitor.page
+        page.goto(f"{visitor.url}#/there-is-none")
+    expect(page.get_by_role("alert")).to_contain_text("This session is not on the server any more.")
+    expect(page.locator("#empty")).to_be_visible()
+    assert page.evaluate("location.hash") == ""
     assert all("404" in text for text in visitor.complaints)
     visitor.complaints.clear()
 
