@@ -317,6 +317,7 @@ def test_memory_stays_flat_over_many_tokens(model, tokenizer) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_memory_stays_flat_over_a_hundred_thousand_tokens(model, tokenizer) -> None:
     """Law 7. Reference: the process at token 5,000."""
     process = psutil.Process()
@@ -330,6 +331,7 @@ def test_memory_stays_flat_over_a_hundred_thousand_tokens(model, tokenizer) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_prompt_of_many_megabytes_is_read_in_flat_memory(model, tokenizer) -> None:
     """Reference: the process after the first tenth."""
     process = psutil.Process()
