@@ -10,12 +10,12 @@ import random
 from collections.abc import Iterator
 from itertools import count
 
-HOW = "little big happy sad old young brave shy clever sleepy hungry kind funny quiet proud lazy".split()  # noqa: SIM905
-WHO = "bear frog bird cat dog duck fox girl boy horse lion mouse rabbit bee cow king".split()  # noqa: SIM905
-DID = "found lost saw baked heard bought painted hid broke washed wanted made carried dropped kicked drew".split()  # noqa: SIM905
-WHICH = "red blue green yellow white black round soft shiny tiny huge wooden old broken pretty magic".split()  # noqa: SIM905
-WHAT = "ball shoe tree cake hat box cup flower apple boat book kite stone spoon star drum".split()  # noqa: SIM905
-WHERE = "river garden bed house hill road park beach forest school shop farm pond bridge castle kitchen".split()  # noqa: SIM905
+HOW = "little big happy sad old young brave shy clever sleepy hungry kind funny quiet proud lazy".split()
+WHO = "bear frog bird cat dog duck fox girl boy horse lion mouse rabbit bee cow king".split()
+DID = "found lost saw baked heard bought painted hid broke washed wanted made carried dropped kicked drew".split()
+WHICH = "red blue green yellow white black round soft shiny tiny huge wooden old broken pretty magic".split()
+WHAT = "ball shoe tree cake hat box cup flower apple boat book kite stone spoon star drum".split()
+WHERE = "river garden bed house hill road park beach forest school shop farm pond bridge castle kitchen".split()
 
 
 def openings(seed: int) -> Iterator[str]:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from place import STORIES, begin, finish
 from target import Target, print_targets
@@ -71,7 +71,7 @@ def cut(pieces: Iterator[str], size: int, batch: int = 65536) -> Iterator[bytes]
 class Feeder(threading.Thread):
     """Writes a text into a pipe and closes it."""
 
-    def __init__(self, batches: Iterator[bytes], pipe: BinaryIO) -> None:
+    def __init__(self, batches: Iterator[bytes], pipe: IO[bytes]) -> None:
         super().__init__(daemon=True)
         self.batches, self.pipe = batches, pipe
         self.written = 0
@@ -113,7 +113,7 @@ def measure(batches: Iterator[bytes], every: float, threads: int | None = None) 
         began = time.perf_counter()
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=err, env=environment)
         assert process.stdin is not None
-        feeder = Feeder(batches, process.stdin)  # type: ignore[arg-type]
+        feeder = Feeder(batches, process.stdin)
         feeder.start()
         try:
             samples = list(_watch(process, feeder, began, every))

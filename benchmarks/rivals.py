@@ -75,7 +75,7 @@ def rivals(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
     def llama() -> Served:
         path = folder / "model.gguf"
-        write_gguf(model, path, "F32", tokenizer)  # type: ignore[arg-type]
+        write_gguf(model, path, "F32", tokenizer)
         command = [str(python), "-m", "llama_cpp.server", f"--model={path}", "--host=127.0.0.1", "--port={port}"]
         command += ["--model_alias=stories", "--n_ctx=512", "--interrupt_requests=False"]  # it answers one by one
         return Served(LLAMA, command, model="stories", health="/v1/models", is_foreign=True)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from streamllm.transcript import Transcript
 
-COLOURS = "red blue green yellow black white brown purple orange silver golden grey".split()  # noqa: SIM905
-THINGS = "box door bag car boat house chair lamp clock drawer bottle key safe tent".split()  # noqa: SIM905
-PROPERTIES = "code owner price weight".split()  # noqa: SIM905
-NAMES = "Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Klara Leon Maria Nadia Oscar Paula".split()  # noqa: SIM905
-KIN = "sister brother aunt uncle cousin neighbour boss friend".split()  # noqa: SIM905
-TOWNS = "Lisbon Oslo Cairo Lima Tokyo Bergen Porto Quito Dakar Hanoi".split()  # noqa: SIM905
-TRADES = "baker nurse pilot teacher lawyer painter farmer tailor".split()  # noqa: SIM905
-GRAMMAR = "the a of and to in was it that he she with for on had as at his her but they".split()  # noqa: SIM905
+COLOURS = "red blue green yellow black white brown purple orange silver golden grey".split()
+THINGS = "box door bag car boat house chair lamp clock drawer bottle key safe tent".split()
+PROPERTIES = "code owner price weight".split()
+NAMES = "Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Klara Leon Maria Nadia Oscar Paula".split()
+KIN = "sister brother aunt uncle cousin neighbour boss friend".split()
+TOWNS = "Lisbon Oslo Cairo Lima Tokyo Bergen Porto Quito Dakar Hanoi".split()
+TRADES = "baker nurse pilot teacher lawyer painter farmer tailor".split()
+GRAMMAR = "the a of and to in was it that he she with for on had as at his her but they".split()
 
 ASK_FOR_NOTHING = [
     "ok thanks",

@@ -581,7 +581,7 @@ def test_nothing_that_is_said_or_named_becomes_markup(enter: Enter) -> None:
         }"""
     )
     assert set(found["tags"]) <= set(
-        "li div span p details summary blockquote h3 ul ol pre code a button svg use b".split()  # noqa: SIM905
+        "li div span p details summary blockquote h3 ul ol pre code a button svg use b".split()
     )
     assert found["handlers"] == []
     assert found["links"] == [["https://example.org/y.png", "noopener noreferrer nofollow"]]

@@ -110,7 +110,7 @@ def test_a_search_finds_the_passages_that_hold_a_word_and_no_others() -> None:
 
 def test_a_search_ranks_by_bm25() -> None:
     """Reference: BM25 as it is written in the literature (k1 = 1.2, b = 0.75), over the words of each passage."""
-    draw, words = random.Random(2), "zorb quix flum brak nolp".split()  # noqa: SIM905
+    draw, words = random.Random(2), "zorb quix flum brak nolp".split()
     turns = [
         " ".join(draw.choices([*words, "xav", "yem"], [1, 2, 3, 4, 5, 20, 20], k=draw.randint(3, 20)))
         for _ in range(60)

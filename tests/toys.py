@@ -8,7 +8,7 @@ from pathlib import Path
 from test_command import run
 
 FLAGS = ("--size", "toy", "--vocabulary", "320", "--context", "32", "--batch-tokens", "256", "--train-dtype", "float32")
-WORDS = "Lily Tom saw had a big red ball dog and ran to the park with mom one day happy sad little".split()  # noqa: SIM905
+WORDS = "Lily Tom saw had a big red ball dog and ran to the park with mom one day happy sad little".split()
 FLAGS += ("--no-compile", "--measures", "2", "--quiet")
 
 

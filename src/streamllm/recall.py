@@ -64,7 +64,7 @@ nor not now of off oh ok okay on once one only or other our ours out over own pl
 said same say see shall she should simple simpler so some still story such sure t take talk tell than thank thanks that
 the their theirs them then there these they thing things think this those through to told too under until up us ve very
 want was we well were what when where which while who whom whose why will with word words would yes yet you your yours
-""".split()  # noqa: SIM905
+""".split()
 )
 
 _SIGNS = ("?", "？", "؟")

@@ -20,7 +20,7 @@ TOKENIZE = "porter unicode61 remove_diacritics 2 categories ''L* N* Co Mn Mc''"
 SCHEMA = f"CREATE VIRTUAL TABLE words USING fts5(text, content = '', tokenize = '{TOKENIZE}')"
 """The texts themselves are not stored again."""
 
-_SMALL = frozenset("am an as at be by do go he if in is it me my no of oh on or so to up us we".split())  # noqa: SIM905
+_SMALL = frozenset("am an as at be by do go he if in is it me my no of oh on or so to up us we".split())
 """Words that tell nothing. Among them are the stems of names and words that do: "Ines", "uses" and "ores" for three."""
 
 _MARK = "\ue000"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KINDS = ("F32", "F16", "Q8_0")
 """Types of weights; norms are always F32."""
@@ -34,7 +34,7 @@ _LAYER = {
 """llama.cpp's names of a layer's weights, and transformers'."""
 
 
-def write_gguf(model: LlamaForCausalLM, file: Path, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
+def write_gguf(model: PreTrainedModel, file: Path, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
     """Write ``model`` to ``file`` in one of ``KINDS``; return the bytes of the weights that a step reads.
 
     Args:
@@ -109,7 +109,7 @@ def _add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         writer.add_eos_token_id(known.eos_token_id)
 
 
-def _tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """All weights by llama.cpp's names; a tied head is left out, as the embedding stands for it."""
     config: Any = model.config
     yield "token_embd.weight", model.model.embed_tokens.weight

@@ -154,7 +154,7 @@ class _Loaded:
         free, room = free_bytes(subject.device), shutil.disk_usage(subject.folder).free
         if (free is not None and need > free) or need > room:
             raise Misfit(f"a {kind} copy of the weights takes {size(need)}, more memory or disk than is free")
-        self.weight_bytes = write_gguf(subject.plain, file, kind)  # type: ignore[arg-type]
+        self.weight_bytes = write_gguf(subject.plain, file, kind)
         self.handle = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
         file.unlink()  # it is mapped into memory, and goes when the process does
         if not self.handle:
